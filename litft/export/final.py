@@ -1,0 +1,179 @@
+"""What a run leaves behind: `final/`, a folder that plain transformers or PEFT loads without litft."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litft.errors import UserError
+from litft.export.weights import exported_config, full_state_dict, save_weights, stored_dtype, unwrap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+def save_final(
+    model: nn.Module,
+    tuner: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    base: str,
+    revision: str | None = None,
+    stop_ids: set[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the fine-tuned model, complete or not at all, and leave the live model and tokenizer as they were.
+
+    A tuner that trains the base (`tuner.trains_base`) gives a Hugging Face model folder; any other a PEFT adapter
+    folder that names `base`. Both hold the tokenizer with its chat template and a generation_config.json that stops
+    on the tokens that were trained as the end of a turn.
+
+    With several processes every rank calls this, and rank 0 writes.
+
+    Args:
+        model: the trained transformers model; may be compiled or sharded.
+        tuner: what trained it (`litft.tuners`).
+        tokenizer: as used in training.
+        folder: the folder to write; an older one there is replaced once the new one is complete.
+        base: the model it was trained from, as the user named it.
+        revision: of the base on the hub.
+        stop_ids: ids of the end-of-turn tokens that were trained (`ChatEncoder.stop_ids`).
+        dtype: of a full model's stored weights; None is the dtype in which the base is stored.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder is the base's own, or cannot be written.
+    """
+    folder = Path(folder)
+    if Path(base).is_dir() and folder.resolve() == Path(base).resolve():
+        raise UserError(f"{folder}: is the model that was trained from and will not be overwritten; name another --out")
+    plain = unwrap(model)
+    generation = generation_settings(plain.generation_config, tokenizer, stop_ids or set())
+    tokenizer = clean_tokenizer(tokenizer, stop_ids or set())
+
+    if not tuner.trains_base:
+        if not _is_first_rank():
+            return folder
+        with new_folder(folder) as new:
+            tuner.save(plain, new, base, revision)
+            _save_text_files(tokenizer, generation, new)
+        return folder
+
+    dtype = dtype or base_dtype(base, revision) or plain.dtype
+    state = full_state_dict(model, dtype)  # every rank takes part in gathering the shards
+    if not _is_first_rank():
+        return folder
+    config = exported_config(plain, dtype)
+    config.eos_token_id, config.pad_token_id = generation.eos_token_id, generation.pad_token_id
+    with new_folder(folder) as new:
+        save_weights(plain, state, config, new)
+        _save_text_files(tokenizer, generation, new)
+    return folder
+
+
+def generation_settings(
+    base: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
+) -> GenerationConfig:
+    """The base's generation settings with the trained stop tokens in front of its own, and a pad token.
+
+    Args:
+        base: of the model trained from; its sampling settings are kept.
+        tokenizer: as used in training.
+        stop_ids: ids of the end-of-turn tokens that were trained.
+
+    Returns:
+        A copy whose `eos_token_id` is a list (absent where nobody names a stop token).
+    """
+    from transformers import GenerationConfig
+
+    values = base.to_dict()
+    for key in ("_from_model_config", "transformers_version"):  # how it was made, not what it says
+        values.pop(key, None)
+    settings = GenerationConfig(**values)
+    settings.use_cache = True
+    stops = [*sorted(stop_ids), *as_ids(base.eos_token_id), *as_ids(tokenizer.eos_token_id)]
+    settings.eos_token_id = list(dict.fromkeys(stops)) or None
+    pads = [*as_ids(tokenizer.pad_token_id), *as_ids(base.pad_token_id), *stops]
+    settings.pad_token_id = pads[0] if pads else None
+    return settings
+
+
+def as_ids(value: int | list[int] | None) -> list[int]:
+    """A token id setting (none, one or several) as a list."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def clean_tokenizer(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer without the padding and truncation that training may have switched on.
+
+    Its `eos_token` becomes the trained stop token where there is exactly one, since other engines (llama.cpp, vLLM)
+    stop on that; not where the chat template writes `eos_token`, because then the rendered text would change.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # tokenizers' own state, which would be written into tokenizer.json
+        backend.no_padding()
+        backend.no_truncation()
+    templates = tokenizer.chat_template or ""
+    text = templates if isinstance(templates, str) else "".join(templates.values())
+    if len(stop_ids) == 1 and tokenizer.eos_token_id not in stop_ids and "eos_token" not in text:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next(iter(stop_ids)))
+    return tokenizer
+
+
+def base_dtype(base: str, revision: str | None = None) -> torch.dtype | None:
+    """The dtype in which the base model is stored; None where its files cannot be read any more."""
+    from litft.models.resolve import resolve
+
+    try:
+        return stored_dtype(Path(resolve(base, revision=revision).folder))
+    except UserError:
+        return None
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    new = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    old = new.with_name(f"{new.name}-old")
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; name another --out") from error
+    try:
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_text_files(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    # to_json_file, because save_pretrained refuses a changed copy of a published file that was inconsistent before
+    # (a temperature without do_sample, say); such a file keeps its meaning here.
+    generation.to_json_file(folder / "generation_config.json")
+
+
+def _is_first_rank() -> bool:
+    from torch import distributed
+
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -1,0 +1,128 @@
+"""A full model's weights and configuration as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What torch.compile, activation checkpointing and FSDP1 put into the names of the modules they wrap.
+_WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside torch.compile's or DDP's wrapper (or the model itself)."""
+    from transformers import PreTrainedModel
+
+    while not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            raise TypeError(f"no transformers model in {type(model).__name__}")
+        model = inner
+    return model
+
+
+def full_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All weights on the CPU under the names that the plain model has, ready for `save_pretrained`.
+
+    Sharded weights are gathered one at a time and kept on rank 0 only, so no other rank ever holds the whole model;
+    every rank must call this. Tied weights stay one tensor under their several names, which is how transformers
+    recognises them and stores them once.
+
+    Args:
+        model: the model; compiled, checkpointed and sharded modules may be in it.
+        dtype: of the floating-point parameters; None leaves each as it is. Buffers are never cast.
+
+    Returns:
+        Name to tensor; empty on every rank but 0.
+    """
+    import torch
+    from torch import distributed
+    from torch.distributed.tensor import DTensor
+
+    keep = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    stored: dict[int, Tensor] = {}  # by the identity of the live parameter, which tied names share
+    for name, live in model.state_dict(keep_vars=True).items():
+        if id(live) not in stored:
+            value = live.detach()
+            if isinstance(value, DTensor):
+                value = value.full_tensor()
+            if not keep:
+                continue
+            if isinstance(live, torch.nn.Parameter) and value.is_floating_point():
+                value = value.to(dtype or value.dtype)
+            stored[id(live)] = value.cpu()
+        state[_WRAPPER.sub("", name)] = stored[id(live)]
+    return state if keep else {}
+
+
+def exported_config(model: PreTrainedModel, dtype: torch.dtype) -> PretrainedConfig:
+    """The model's configuration as it should stand on disk: a copy, without what only training wanted.
+
+    `use_cache` is True, `dtype` is that of the stored weights, `vocab_size` counts the rows of the embedding (tokens
+    may have been added), and the tie flag says whether input and output embeddings really are one weight.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.use_cache = text.use_cache = True
+    if hasattr(config, "quantization_config"):  # weights read from GGUF, say: what is written is not quantised
+        del config.quantization_config
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    text.vocab_size = embedding.weight.shape[0]
+    if head is not None:
+        config.tie_word_embeddings = text.tie_word_embeddings = head.weight is embedding.weight
+    return config
+
+
+def save_weights(model: PreTrainedModel, state: dict[str, Tensor], config: PretrainedConfig, folder: Path) -> None:
+    """Write safetensors under the names the family is published with, and config.json.
+
+    Args:
+        model: the live model; left as it was.
+        state: of `full_state_dict`.
+        config: of `exported_config`.
+        folder: where to; exists.
+    """
+    from transformers import GenerationConfig
+
+    # save_pretrained also writes the model's own two configurations, notes the live dtype in the one and refuses
+    # to write the other where a published file is inconsistent: both are written by us, so it gets stand-ins.
+    live = model.config, model.generation_config
+    model.config, model.generation_config = copy.deepcopy(config), GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    finally:
+        model.config, model.generation_config = live
+    config.save_pretrained(folder)
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The floating-point dtype in which a model folder stores most of its weights; None where it has no safetensors.
+
+    Read from the headers of the files: `dtype` in config.json is only what somebody once wrote there.
+    """
+    import math
+    from collections import Counter
+
+    import torch
+    from safetensors import safe_open
+
+    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    elements: Counter[torch.dtype] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                entry = tensors.get_slice(name)
+                if entry.get_dtype() in known:
+                    elements[known[entry.get_dtype()]] += math.prod(entry.get_shape())
+    return elements.most_common(1)[0][0] if elements else None
