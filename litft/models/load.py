@@ -1,0 +1,212 @@
+"""From a model on disk to a model ready to train."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from litft.errors import UserError
+from litft.models.quiet import quiet
+from litft.models.resolve import ModelSource
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The base model's configuration, as it stands in its config.json."""
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read the configuration of {source.folder}:\n    {_first_line(error)}") from error
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer: the adapter's own where it brings one, else the base model's.
+
+    Truncation and padding that somebody's tokenizer.json carries are switched off: they would cut rows silently, and
+    would be exported again.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = source.tokenizer_folder
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            raise UserError(
+                f"cannot read a tokenizer from {folder}:\n    {_first_line(error)}\n"
+                "it needs tokenizer.json and tokenizer_config.json (or the files of a sentencepiece tokenizer)"
+            ) from error
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the base model's weights (an adapter is not applied) for training.
+
+    Args:
+        source: of `resolve`.
+        dtype: of every parameter. Buffers keep theirs: rotary frequencies stay fp32, in bf16 they would be off by
+            0.4 rad at position 4000.
+        attn_implementation: transformers' name ("sdpa", "eager", or one registered); None is the model's default.
+        trust_remote_code: run the Python code that the model brings.
+
+    Returns:
+        The model on the CPU, in train mode (`from_pretrained` leaves it in eval mode: no dropout, no recompute), with
+        `config.use_cache` False (a cache lets packed documents see each other; export writes it True again).
+
+    Raises:
+        UserError: the weights don't fit the configuration: some missing, some left over, or of another shape. A
+            missing weight would be trained from random numbers.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            raise UserError(f"cannot load the model in {source.folder}:\n    {_first_line(error)}") from error
+    model, report = loaded
+    _check_report(source, report)
+    for parameter in model.parameters():  # a few models keep some modules in fp32 on their own account
+        if parameter.dtype != dtype and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.use_cache = model.config.get_text_config().use_cache = False
+    torch.nn.Module.train(model)
+    return model
+
+
+def _check_report(source: ModelSource, report: dict[str, Any]) -> None:
+    """Turn what transformers only warns of into an error."""
+    for kind, what in (
+        ("missing_keys", "lacks {} weights that its config.json calls for"),
+        ("unexpected_keys", "holds {} weights that its config.json has no place for"),
+        ("mismatched_keys", "holds {} weights of another shape than its config.json says"),
+    ):
+        keys = sorted(key[0] if isinstance(key, tuple) else key for key in report.get(kind) or ())
+        if keys:
+            more = ", ..." if len(keys) > 3 else ""
+            raise UserError(
+                f"{source.folder} {what.format(len(keys))}: {', '.join(keys[:3])}{more}\n"
+                "the two belong to different models, or the copy is incomplete: fetch or save the model again"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add special tokens to the tokenizer and rows for them to the input and output embeddings.
+
+    New rows start at the mean of the old ones, so that at first the new tokens are as likely as the average token
+    (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"), also where the matrix had spare
+    rows already.
+
+    Args:
+        model: changed in place; its matrices grow only as far as needed, and stay tied where they were.
+        tokenizer: changed in place.
+        tokens: their text; those that the tokenizer has are left alone.
+
+    Returns:
+        The ids of the tokens that were new, which are their rows in the embeddings.
+    """
+    import torch
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    fresh = [token for token in dict.fromkeys(tokens) if token not in known]
+    if not fresh:
+        return []
+    used = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in fresh], special_tokens=True)
+    ids = [tokenizer.get_vocab()[token] for token in fresh]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    old = min(used, rows)
+    with torch.no_grad():
+        for module in dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())):
+            for name in ("weight", "bias"):
+                matrix: Any = getattr(module, name, None)
+                if matrix is not None:
+                    matrix[ids] = matrix[:old].float().mean(0).to(matrix.dtype)
+    return ids
+
+
+def fingerprint(source: ModelSource) -> str:
+    """What identifies a model's weights, for cache keys and to check a resumed run; cheap, whatever its size.
+
+    A hash over config.json and, of each safetensors file (an adapter's too), the size, the header (names, dtypes,
+    shapes) and 1 KiB out of the middle of every tensor. Not over paths or times: a copy elsewhere is the same model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for folder, config in ((source.folder, "config.json"), (source.adapter, "adapter_config.json")):
+        if folder is None:
+            continue
+        digest.update((folder / config).read_bytes())
+        for path in sorted(folder.glob("*.safetensors")):
+            digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = file.read(length)
+                digest.update(header)
+                tensors = (entry for name, entry in json.loads(header).items() if name != "__metadata__")
+                for start, end in sorted(tuple(tensor["data_offsets"]) for tensor in tensors):
+                    middle = max(start, (start + end) // 2 - 512)
+                    file.seek(8 + length + middle)
+                    digest.update(file.read(min(1024, end - middle)))
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides a tokenizer's ids: vocabulary, merges, added tokens, normalisation, special tokens, chat template.
+
+    The truncation and padding that the last call left in a fast tokenizer don't count.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    if tokenizer.is_fast:
+        text = tokenizer.backend_tokenizer.to_str()
+        digest.update(text[text.index('"added_tokens"') :].encode())  # before it: version, truncation, padding
+    else:
+        added = sorted((id, str(token), token.special) for id, token in tokenizer.added_tokens_decoder.items())
+        digest.update(json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added]).encode())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    digest.update(json.dumps([special, tokenizer.chat_template], sort_keys=True).encode())
+    return digest.hexdigest()

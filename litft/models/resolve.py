@@ -1,0 +1,272 @@
+"""From what the user typed after `--model` to a folder of files: an alias, a folder, an adapter, a run, a hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litft.errors import UserError
+from litft.models.alias import DEFAULT_MODEL, default_model
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TO_SAFETENSORS = (
+    'convert once, where you trust it: python -c "from transformers import AutoModelForCausalLM as A; '
+    "A.from_pretrained('{0}', use_safetensors=False).save_pretrained('NEW_FOLDER')\""
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is here, on this disk.
+
+    Attributes:
+        name: what the user typed.
+        folder: an absolute folder with config.json, safetensors weights and tokenizer: the base under an adapter.
+        adapter: the folder with adapter_config.json, when the user named an adapter.
+        hub_id: "org/name" when the base came from the model hub.
+        revision: the revision asked for, of the base on the hub.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def base_name(self) -> str:
+        """What an adapter's `base_model_name_or_path` should say: the hub id, else the folder."""
+        return self.hub_id or str(self.folder)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies: with the adapter if it brings one (with tokens added, say), else with the base."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.folder
+
+
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> ModelSource:
+    """Find the model that `name` means, and fetch it if it is not here.
+
+    Args:
+        name: the alias `smollm2-135m-instruct`; a folder holding a model, a PEFT adapter, a litft run (its `final/` is
+            meant) or a hub cache (`models--org--name`, its snapshot is meant); or the id of a model on the hub.
+        revision: branch, tag or commit; for hub ids only.
+        weights: False fetches and asks for the tokenizer and configuration only.
+        offline: take hub models from the local cache only (as `HF_HUB_OFFLINE=1` does).
+        trust_remote_code: let the model bring Python code of its own.
+
+    Returns:
+        The source; its `folder` is local and has been checked to hold a causal language model in safetensors.
+
+    Raises:
+        UserError: nothing there, no model in it, pickled weights only, code of its own, an unknown architecture, or
+            the hub is out of reach or refuses.
+    """
+    text = str(name)
+    if not text.strip():
+        raise UserError(f"the model's name is empty\nname a folder, a hub id (org/name) or {DEFAULT_MODEL}")
+    options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
+    if text == DEFAULT_MODEL:
+        return ModelSource(text, default_model())
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _from_folder(text, folder.absolute(), **options)
+    if _looks_like_path(text):
+        raise UserError(_missing(text, folder))
+
+    from litft.models.hub import download
+
+    snapshot = download(text, revision=revision, weights=weights, offline=offline, code=trust_remote_code)
+    source = _from_folder(text, snapshot, **options)
+    if source.adapter is not None:
+        return source
+    return ModelSource(text, snapshot, hub_id=text, revision=revision)
+
+
+def _from_folder(name: str, folder: Path, *, weights: bool, offline: bool, trust_remote_code: bool) -> ModelSource:
+    folder = _enter(folder)
+    options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
+    if (folder / "adapter_config.json").is_file():
+        return _from_adapter(name, folder, **options)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no model: there is no config.json\n    it holds: {_listing(folder)}\n"
+            "name the folder that has config.json and *.safetensors, or adapter_config.json"
+        )
+    check_architecture(folder, trust_remote_code=trust_remote_code)
+    if weights:
+        _check_weights(folder)
+    return ModelSource(name, folder)
+
+
+def _enter(folder: Path) -> Path:
+    """From a run folder to its `final/`, from a folder of the hub's cache to its snapshot; else as it is."""
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return folder
+    if (folder / "final").is_dir():
+        return folder / "final"
+    if (folder / "run.json").is_file() or (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"the run in {folder} has no final/: it did not end\n"
+            "finish it (the same command with --resume), then name it again"
+        )
+    if (folder / "snapshots").is_dir():
+        main = folder / "refs" / "main"
+        if main.is_file() and (folder / "snapshots" / main.read_text().strip()).is_dir():
+            return folder / "snapshots" / main.read_text().strip()
+        snapshots = sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
+        if snapshots:
+            return snapshots[-1]
+    return folder
+
+
+def _from_adapter(name: str, adapter: Path, **options: Any) -> ModelSource:
+    if options["weights"] and not (adapter / "adapter_model.safetensors").is_file():
+        pickled = (adapter / "adapter_model.bin").is_file()
+        raise UserError(
+            f"{adapter} has an adapter_config.json but no adapter_model.safetensors\n"
+            + ("adapter_model.bin is a pickle, which can run code: " if pickled else "")
+            + "save the adapter again with PEFT (save_pretrained writes safetensors)"
+        )
+    config = read_json(adapter / "adapter_config.json")
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base:
+        raise UserError(
+            f"{adapter / 'adapter_config.json'} does not say which model it adapts\n"
+            "set base_model_name_or_path in it to a folder or a hub id"
+        )
+    try:
+        source = _resolve_base(base, revision, adapter, **options)
+    except UserError as error:
+        raise UserError(
+            f"the adapter {adapter} needs its base model {base}:\n{error}\n"
+            "or set base_model_name_or_path in adapter_config.json to where it is"
+        ) from error
+    if source.adapter is not None:
+        raise UserError(f"the adapter {adapter} has another adapter, {base}, as its base\nmerge that one first")
+    return ModelSource(name, source.folder, adapter, source.hub_id, source.revision)
+
+
+def _resolve_base(base: str, revision: str | None, adapter: Path, **options: Any) -> ModelSource:
+    """Find an adapter's base although the adapter may have been made on another machine or from another folder."""
+    folder = Path(base).expanduser()
+    if folder.is_dir() or base == DEFAULT_MODEL:
+        return resolve(base, **options)
+    if not folder.is_absolute() and (adapter / folder).is_dir():
+        return resolve(adapter / folder, **options)
+    if folder.name == DEFAULT_MODEL:  # somebody else's cache folder of the default model
+        return resolve(DEFAULT_MODEL, **options)
+    if cached := re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})", base):
+        return resolve(f"{cached[1]}/{cached[2]}", revision=cached[3], **options)
+    return resolve(base, revision=revision, **options)
+
+
+def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse what litft can't train, from config.json alone: nothing of the model is loaded, none of its code is run.
+
+    Raises:
+        UserError: the model brings its own code (and `trust_remote_code` is False), transformers doesn't know its
+            type, or it isn't a causal language model.
+    """
+    config = read_json(folder / "config.json")
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    own_code = config.get("auto_map") or {}
+    if own_code and trust_remote_code:
+        return
+    if kind not in CAUSAL and own_code:
+        raise UserError(
+            f"{folder} brings its own Python code ({next(iter(own_code.values()))}), which would run on this machine\n"
+            "read it; if you trust it, pass --model.trust_remote_code true"
+        )
+    from transformers import CONFIG_MAPPING, __version__
+
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {__version__} does not know the model type {kind!r} of {folder}\n"
+            "update transformers, if a newer one does; else choose another model"
+        )
+    known = {name for value in CAUSAL.values() for name in ([value] if isinstance(value, str) else value)}
+    if kind not in CAUSAL or (names and not known.intersection(names)):
+        raise UserError(
+            f"{folder} holds a {names[0] if names else kind}, which is not a causal language model\n"
+            "choose one whose config.json says ...ForCausalLM under architectures"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors, or with a shard missing that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        absent = [shard for shard in shards if not (folder / shard).is_file()]
+        if absent:
+            raise UserError(
+                f"{folder} is incomplete: {len(absent)} of {len(shards)} weight files are missing, first {absent[0]}\n"
+                "fetch or copy it again"
+            )
+        return
+    if (folder / "model.safetensors").is_file():
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise UserError(
+            f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when read: safetensors only\n"
+            + _TO_SAFETENSORS.format(folder)
+        )
+    raise UserError(
+        f"{folder} has a config.json but no weights ({' or '.join(_WEIGHTS)})\n    it holds: {_listing(folder)}\n"
+        "name a folder with safetensors weights; a hub model that was fetched in part: litft download ID"
+    )
+
+
+def _looks_like_path(text: str) -> bool:
+    parts = Path(text).parts
+    return (
+        text.startswith((".", "/", "~"))
+        or text.endswith("/")
+        or "\\" in text
+        or len(parts) > 2
+        or Path(text).is_file()
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+    )
+
+
+def _missing(text: str, folder: Path) -> str:
+    if folder.is_file():
+        return f"{text} is a file\nname the folder that holds the model (config.json and *.safetensors)"
+    parent = folder.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return f"there is no folder {text}\n    {parent} holds: {_listing(parent)}\nname a folder or a hub id (org/name)"
+
+
+def _listing(folder: Path, most: int = 8) -> str:
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError when it is not one."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}\nfetch or copy the model again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is not a JSON object\nfetch or copy the model again")
+    return value
