@@ -1,0 +1,246 @@
+"""What a chat template writes around the texts, learned from a few small chats rendered once per template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from litft.data.conversation import Message
+from litft.data.masks import MaskError, Render, Scaffold, lay_out
+
+_NO_THINKING = {"enable_thinking": False, "thinking": False}  # what the templates call it
+_USER: Message = {"role": "user", "content": "litft question"}
+_ANSWER: Message = {"role": "assistant", "content": "litft answer"}
+_TOOL: Message = {"role": "tool", "content": "litft result", "name": "litft_name", "tool_call_id": "litft0001"}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "type": "function",
+            "id": "litft0001",
+            "function": {"name": "litft_name", "arguments": {"litft_key": "litft value"}},
+        }
+    ],
+}
+_SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": "litft_name",
+        "description": "litft description",
+        "parameters": {
+            "type": "object",
+            "properties": {"litft_key": {"type": "string", "description": "litft argument"}},
+            "required": ["litft_key"],
+        },
+    },
+}
+
+
+@dataclass(slots=True, frozen=True)
+class Form:
+    """In which form a template takes the messages.
+
+    Attributes:
+        parts: content as `[{"type": "text", "text": ...}]`, not as a string.
+        json_arguments: the arguments of tool calls as a JSON string, not as a mapping.
+    """
+
+    parts: bool = False
+    json_arguments: bool = False
+
+    def __call__(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages in that form, with reasoning under both names that templates read."""
+        return [self._shape(message) for message in messages]
+
+    def _shape(self, message: Message) -> Message:
+        shaped = {key: value for key, value in message.items() if value is not None}
+        if self.parts and isinstance(shaped.get("content"), str):
+            shaped["content"] = [{"type": "text", "text": shaped["content"]}]
+        if "reasoning_content" in shaped:
+            shaped.setdefault("thinking", shaped["reasoning_content"])
+        if self.json_arguments and shaped.get("tool_calls"):
+            shaped["tool_calls"] = [_with_json(call) for call in shaped["tool_calls"]]
+        return shaped
+
+
+def _with_json(call: dict) -> dict:
+    arguments = call["function"]["arguments"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def find_form(render: Render) -> Form:
+    """Find by trial in which form the template takes content and tool arguments.
+
+    Args:
+        render: `render(messages, tools, form=...)`.
+
+    Raises:
+        MaskError: it renders the text of a message in neither form.
+    """
+    parts, refusal = False, None
+    for parts in (False, True):
+        try:
+            if str(_USER["content"]) in render([_USER], None, form=Form(parts)):
+                break
+        except MaskError as error:
+            refusal = refusal or error
+    else:
+        raise refusal or MaskError("the chat template does not render the text of a user message")
+    chat, value = [_USER, _CALL, _TOOL], '"litft_key": "litft value"'
+    as_mapping = _try(render, chat, [_SCHEMA], form=Form(parts))
+    as_json = _try(render, chat, [_SCHEMA], form=Form(parts, True))
+    python_repr = as_mapping is not None and "'litft_key': 'litft value'" in as_mapping
+    wants_json = as_json is not None and value in as_json and (as_mapping is None or python_repr)
+    return Form(parts, wants_json)
+
+
+def learn(render: Render, special_tokens: Sequence[str]) -> Scaffold:
+    """Learn the scaffold of a template.
+
+    Args:
+        render: `render(messages, tools, prompt=False, **variables)`.
+        special_tokens: the tokenizer's special tokens.
+
+    Raises:
+        MaskError: the template refuses even a question and an answer, or writes no end-of-turn token.
+    """
+    second: Message = {**_ANSWER, "content": "litft second"}
+    question_2: Message = {**_USER, "content": "litft follow-up"}
+    ask, chat = [_USER], [_USER, _ANSWER]
+    prompt = _after(render, ask, prompt=True)
+    header = prompt[_common(prompt, _after(render, ask)) :]
+    closing, closing_last = _after(render, chat, prompt=True), _after(render, chat)
+    between = ""
+    bases = [_gap(render, chat, 0)]
+    try:
+        long = [_USER, _ANSWER, question_2, second]
+        bases += [_gap(render, long, 0), _gap(render, long, 2)]
+        between = _gap(render, long, 1)
+    except MaskError:  # the template holds one question and one answer only
+        pass
+    closing = (
+        closing.removesuffix(header)
+        if header and closing.endswith(header)
+        else between[: _common(between, closing_last)]
+    )
+
+    end, end_last = closing.strip(), closing_last.strip()
+    if end and end_last.startswith(end):
+        end_last = end
+    ends = [e for e in (end_last, end) if e]
+    stops = [end_last] if end_last else ends
+    by_next = not ends
+    if by_next:
+        ends = [mark] if (mark := _first_special(between, special_tokens)) else []
+        stops = ends
+
+    prompts = {"user": _prompts(render, ask, None, prompt, bases)}
+    prompts["assistant"] = ()
+    rendered = _try(render, [_USER, _CALL, _TOOL], [_SCHEMA])
+    tools = rendered is not None and all(s in rendered for s in ("litft_name", "litft description"))
+    tool_calls = False
+    called = [_USER, _CALL]
+    alone = _try(render, called, [_SCHEMA])
+    seen = alone[alone.index("litft question") :] if alone and "litft question" in alone else ""
+    if rendered and all(s in seen for s in ("litft_name", "litft_key", "litft value")) and "litft result" in rendered:
+        tool_calls = True
+        chat = [_USER, _CALL, _TOOL]
+        last, mid = _after(render, called, [_SCHEMA]), _gap(render, chat, 1, [_SCHEMA])
+        close = mid[: _common(mid, last)].rstrip()
+        if not any(close.endswith(e) for e in ends):
+            mark = (
+                _first_special(mid[len(close) :], special_tokens) if by_next else _last_special(close, special_tokens)
+            )
+            if mark:
+                ends.append(mark)
+                stops.append(mark)
+        after_tool = _after(render, chat, [_SCHEMA], prompt=True)
+        answered = [*chat, _ANSWER]
+        gaps = [_gap(render, answered, 2, [_SCHEMA])] if _try(render, answered, [_SCHEMA]) else []
+        prompts["tool"] = _prompts(render, chat, [_SCHEMA], after_tool, gaps)
+    if not ends:
+        raise MaskError(
+            "the chat template writes no end-of-turn token after an answer, so the model would never learn to stop",
+            "name another with data.chat_template (a Jinja file, or chatml)",
+        )
+    headers = [header]
+    for base in bases:
+        kept = header[: _overlap(header, base)]
+        headers.append(kept)
+    return Scaffold(
+        prompts,
+        tuple(dict.fromkeys(h for h in headers if h.strip())),
+        tuple(dict.fromkeys(ends)),
+        tuple(dict.fromkeys(stops)),
+        by_next,
+        tools,
+        tool_calls,
+    )
+
+
+def _try(render: Render, messages: Sequence[Message], tools: list | None, **options: object) -> str | None:
+    try:
+        return render(messages, tools, **options)
+    except MaskError:
+        return None
+
+
+def _after(render: Render, messages: Sequence[Message], tools: list | None = None, **options: object) -> str:
+    """What the template writes after the last text of the messages."""
+    layout = lay_out(render, messages, tools, render(messages, tools, **options), **options)
+    return (
+        layout.text[max(position for position, i, _ in layout.marks if i == len(messages) - 1) :]
+        if any(i == len(messages) - 1 for _, i, _ in layout.marks)
+        else ""
+    )
+
+
+def _gap(render: Render, messages: Sequence[Message], i: int, tools: list | None = None) -> str:
+    """What the template writes between the texts of messages i and i + 1."""
+    layout = lay_out(render, messages, tools, render(messages, tools))
+    begin = max((position for position, at, _ in layout.marks if at == i), default=None)
+    end = min((position for position, at, _ in layout.marks if at == i + 1), default=None)
+    if begin is None or end is None or begin > end:
+        raise MaskError("the chat template does not render every message")
+    return layout.text[begin:end]
+
+
+def _prompts(
+    render: Render, messages: list[Message], tools: list | None, prompt: str, gaps: Sequence[str]
+) -> tuple[str, ...]:
+    """The generation prompt after `messages`, with and without thinking, and what of it stands before real answers."""
+    try:
+        other = _after(render, messages, tools, prompt=True, **_NO_THINKING)
+    except MaskError:
+        other = prompt
+    shared = sorted({prompt[: _common(prompt, gap)] for gap in gaps}, key=len, reverse=True)
+    return tuple(dict.fromkeys((prompt, other, *shared)))
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the longest common beginning that does not end inside a tag."""
+    n = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    for opening, closing in (("<", ">"), ("[", "]")):
+        at = a.rfind(opening, 0, n)
+        if at >= 0 and closing not in a[at:n] and closing in a[n:]:
+            n = at
+    return n
+
+
+def _overlap(header: str, gap: str) -> int:
+    """How much of the beginning of `header` stands at the end of `gap`."""
+    return next((n for n in range(len(header), 0, -1) if gap.endswith(header[:n])), 0)
+
+
+def _first_special(text: str, tokens: Sequence[str]) -> str:
+    found = re.search("|".join(map(re.escape, tokens)), text) if tokens else None
+    return found.group() if found else ""
+
+
+def _last_special(text: str, tokens: Sequence[str]) -> str:
+    return next((token for token in tokens if text.endswith(token)), "")
