@@ -1,0 +1,280 @@
+"""LoRA: low-rank updates of a frozen model, in PEFT's file format."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from litft.errors import UserError
+from litft.tuners.base import Applied, Tuner, logger, trainable_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+class LoRA(Tuner):
+    """Low-rank updates of a frozen model's linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        r: rank of the updates.
+        alpha: strength; updates are scaled by alpha / r.
+        dropout: probability of dropping an element of an adapter's input.
+        targets: all-linear (every linear layer except heads and routers), module names or their endings, or a regex
+            that matches whole names.
+        rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
+        dora: learn the lengths of the weight's rows apart from their directions (arXiv:2402.09353).
+        init: default (A uniform, B zero), gaussian (A normal, B zero), or pissa (the weight's largest singular
+            directions, arXiv:2404.02948; saved as an adapter of rank 2r that fits the original model).
+        lora_plus_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354; try 16).
+        target_parameters: endings of stacked expert weights to adapt too, such as mlp.experts.gate_up_proj.
+        modules_to_save: modules that learn as a whole beside the updates, such as embed_tokens, lm_head. A new score
+            or classification head always does.
+        trainable_rows: ids of tokens whose embedding rows learn (newly added tokens), in the output head too.
+        rank_pattern: other ranks for some modules: name ending (or regex of it) to rank.
+        alpha_pattern: other alphas for some modules: name ending (or regex of it) to alpha.
+    """
+
+    name = "lora"
+    default_lr = 2e-4
+    trains_base = False
+
+    def __init__(
+        self,
+        r: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        targets: str | list[str] = "all-linear",
+        rslora: bool = False,
+        dora: bool = False,
+        init: Literal["default", "gaussian", "pissa"] = "default",
+        lora_plus_ratio: float | None = None,
+        target_parameters: list[str] | None = None,
+        modules_to_save: list[str] | None = None,
+        trainable_rows: list[int] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+    ) -> None:
+        self.r, self.alpha, self.dropout, self.targets = r, alpha, dropout, targets
+        self.rslora, self.dora, self.init, self.lora_plus_ratio = rslora, dora, init, lora_plus_ratio
+        self.target_parameters = list(target_parameters or [])
+        self.modules_to_save = list(modules_to_save or [])
+        self.trainable_rows = list(trainable_rows or [])
+        self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+        for name, value in {"r": r, **self.rank_pattern}.items():
+            if value < 1:
+                raise UserError(f"the rank of an adapter is at least 1, {name} is {value}")
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout is a probability below 1, not {dropout}")
+        if dora and init == "pissa":
+            raise UserError("dora and init: pissa do not go together: such an adapter can't be saved; use one of them")
+        if self.target_parameters and (dropout or dora or init == "pissa"):
+            raise UserError(
+                "target_parameters adapts fused experts, which can't be combined with dropout, dora or init: pissa\n"
+                "set dropout: 0, dora: false, init: default, or leave target_parameters out"
+            )
+
+    def apply(self, model: PreTrainedModel) -> Applied:
+        """Freeze the model and put fp32 adapters around the targets, in place.
+
+        Raises:
+            UserError: nothing to adapt, a target that can't be adapted, or an adapter is there already.
+        """
+        from transformers import PreTrainedModel
+
+        from litft.tuners import targets
+        from litft.tuners.layers import Adapter
+
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"a tuner is applied to the transformers model itself, not to a {type(model).__name__}")
+        if any(isinstance(module, Adapter) for module in model.modules()):
+            raise UserError("this model has an adapter already; merge it first, or load the base model afresh")
+        total = sum(param.numel() for param in model.parameters())
+        linears = targets.find_targets(model, self.targets) if self.targets else []
+        experts = targets.find_parameters(model, self.target_parameters) if self.target_parameters else {}
+        saved = self._modules_to_save(model)
+        linears = [name for name in linears if not any(_inside(name, whole) for whole in saved)]
+        if not linears and not experts:
+            raise UserError("no module to adapt was found: name some with targets")
+        adapted = {f"{owner}.{leaf}" for owner, leaves in experts.items() for leaf in leaves}
+        left = {name: size for name, size in targets.stacked_weights(model).items() if name not in adapted}
+
+        model.requires_grad_(False)
+        self._wrap(model, linears, experts, saved)
+        applied = Applied(
+            trainable=sum(param.numel() for _, param in trainable_parameters(model)),
+            total=total,
+            matched=linears + sorted(adapted),
+            skipped=targets.summarise(left),
+        )
+        logger.info("%s: %s", self.name, applied)
+        return applied
+
+    def _modules_to_save(self, model: PreTrainedModel) -> list[str]:
+        """Full names of the modules that learn as a whole, in model order."""
+        from litft.tuners import targets
+
+        wanted = self.modules_to_save + targets.new_heads(model)
+        names = [name for name, _ in model.named_modules() if any(targets.has_ending(name, want) for want in wanted)]
+        for want in self.modules_to_save:
+            if not any(targets.has_ending(name, want) for name in names):
+                raise UserError(f"modules_to_save: no module is called {want!r}")
+        return names
+
+    def _wrap(
+        self, model: PreTrainedModel, linears: list[str], experts: dict[str, list[str]], saved: list[str]
+    ) -> None:
+        from litft.tuners import targets
+        from litft.tuners.layers import LoRAExperts, LoRALinear, TrainableRows, TrainedCopy
+
+        tied = targets.is_tied(model)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        for name in linears:
+            layer = model.get_submodule(name)
+            r = self.rank_of(name)
+            replace(model, name, LoRALinear(layer, r, self.scale_of(name), self.dropout, self.dora, self.init))
+        for name, leaves in experts.items():
+            ranks = {leaf: self.rank_of(f"{name}.{leaf}") for leaf in leaves}
+            scales = {leaf: self.scale_of(f"{name}.{leaf}") for leaf in leaves}
+            replace(model, name, LoRAExperts(model.get_submodule(name), ranks, scales, self.init))
+        for name in saved:
+            replace(model, name, TrainedCopy(model.get_submodule(name)))
+        if self.trainable_rows:
+            names = {id(module): name for name, module in model.named_modules()}
+            self._check_rows(embedding, names, saved)
+            rows = TrainableRows(embedding, self.trainable_rows)
+            replace(model, names[id(embedding)], rows)
+            if head is not None:
+                shared = rows.trainable_tokens_delta if tied else None
+                replace(model, names[id(head)], TrainableRows(head, self.trainable_rows, shared))
+
+    def _check_rows(self, embedding: nn.Module, names: dict[int, str], saved: list[str]) -> None:
+        size = embedding.weight.shape[0]  # type: ignore[index]
+        if max(self.trainable_rows) >= size or min(self.trainable_rows) < 0:
+            raise UserError(
+                f"trainable_rows: token {max(self.trainable_rows)} has no row, the model's vocabulary has {size}\n"
+                "resize it first: model.resize_token_embeddings(len(tokenizer))"
+            )
+        if names.get(id(embedding)) is None or any(name.endswith("lm_head") for name in saved):
+            raise UserError("trainable_rows and modules_to_save both name an embedding or head: use one of them")
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the update of the module or parameter called `name`."""
+        return _by_pattern(self.rank_pattern, name, self.r)
+
+    def scale_of(self, name: str) -> float:
+        """The factor on the update of the module or parameter called `name`."""
+        r, alpha = self.rank_of(name), _by_pattern(self.alpha_pattern, name, self.alpha)
+        return alpha / math.sqrt(r) if self.rslora else alpha / r
+
+    def lr_ratio(self, name: str) -> float:
+        """LoRA+: the Bs learn faster."""
+        return self.lora_plus_ratio if self.lora_plus_ratio and "lora_B" in name.split(".") else 1.0
+
+    @contextmanager
+    def disabled(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside the context the model answers as before training; restored on exit, exceptions included."""
+        from litft.tuners.layers import Adapter
+
+        before = {module: module.enabled for module in model.modules() if isinstance(module, Adapter)}
+        try:
+            for module in before:
+                module.enabled = False
+            yield
+        finally:
+            for module, enabled in before.items():
+                module.enabled = enabled
+
+    def merge(self, model: PreTrainedModel) -> None:
+        """Fold the adapters into the model's weights and take them off, in place; added in fp32, rounded once.
+
+        If a module of a tied pair was trained on its own, the tie is cut and the configuration says so.
+
+        Raises:
+            UserError: the model is quantised; `merge_adapter` folds a saved adapter into the 16-bit one.
+        """
+        from litft.tuners import targets
+        from litft.tuners.layers import Adapter
+        from litft.tuners.quant import is_quantised
+
+        adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, Adapter)]
+        if any(is_quantised(module.base_layer) for _, module in adapters):
+            raise UserError(
+                "an adapter is not merged into a quantised model: rounding would undo part of it\n"
+                "save it and merge it into the 16-bit model (litft.tuners.merge_adapter)"
+            )
+        for name, module in adapters:
+            replace(model, name, module.merged())
+        if getattr(model.config, "tie_word_embeddings", False) and not targets.is_tied(model):
+            model.config.tie_word_embeddings = False
+
+    def save(self, model: PreTrainedModel, folder: str | Path, base: str, revision: str | None = None) -> None:
+        """Write adapter_config.json and adapter_model.safetensors as PEFT reads them.
+
+        Args:
+            model: the model with the adapter.
+            folder: made if need be.
+            base: what the user calls the base model, an id or a folder; written as it is.
+            revision: the base's revision on the hub.
+        """
+        from litft.tuners import peft_format
+
+        peft_format.save(self, model, Path(folder), base, revision)
+
+    def load(self, model: PreTrainedModel, folder: str | Path) -> None:
+        """Copy a saved adapter into a model that this tuner was applied to.
+
+        Raises:
+            UserError: the folder holds no adapter, a pickle, or tensors that do not fit.
+        """
+        from litft.tuners import peft_format
+
+        peft_format.load(self, model, Path(folder))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **options: Any) -> Self:
+        """The tuner that fits a saved adapter; `apply` it to the base model, then `load` the folder.
+
+        Args:
+            folder: with adapter_config.json and adapter_model.safetensors, ours or PEFT's.
+            options: arguments to set otherwise, those that files do not hold (`lora_plus_ratio`, `quant`).
+
+        Raises:
+            UserError: no such adapter, or it uses something that is not supported, by name.
+        """
+        from litft.tuners import peft_format
+
+        return cls(**{**peft_format.tuner_options(Path(folder)), **options})
+
+
+def merge_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+    """Fold a saved adapter into a freshly loaded (16-bit or fp32) model, in place; leaves a plain model.
+
+    The way out of QLoRA as well: an adapter trained over a quantised model goes into the model before quantisation.
+    """
+    tuner = LoRA.from_folder(folder)
+    tuner.apply(model)
+    tuner.load(model, folder)
+    tuner.merge(model)
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def _inside(name: str, whole: str) -> bool:
+    return name == whole or name.startswith(f"{whole}.")
+
+
+def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The first pattern that matches the end of `name`, as in PEFT."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
