@@ -137,7 +137,7 @@ def base_dtype(base: str, revision: str | None = None) -> torch.dtype | None:
     from litft.models.resolve import resolve
 
     try:
-        return stored_dtype(Path(resolve(base, revision=revision).folder))
+        return stored_dtype(resolve(base, revision=revision).folder)
     except UserError:
         return None
 
