@@ -146,7 +146,7 @@ def _questions(bundle: ChatModel, data_file: str, bad_rows: str) -> tuple[list[C
         try:
             if row.error is not None:
                 raise row.error
-            question = up_to_last_user_turn(to_conversation(row.value, row.file, row.line))
+            question = up_to_last_user_turn(to_conversation(_closed(row.value), row.file, row.line))
             room(bundle, len(bundle.encode(question)), 1, "the row")
             asked.append(question)
         except UserError as error:
@@ -156,6 +156,24 @@ def _questions(bundle: ChatModel, data_file: str, bad_rows: str) -> tuple[list[C
                 raise DataError(str(error), file=row.file, line=row.line) from error
             skipped += 1
     return asked, skipped
+
+
+def _closed(row: Any) -> Any:
+    """A row that waits for its answer gets one, as rows for training have it; it is cut off again with the rest."""
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        return row
+    for key in ("messages", "conversations"):
+        turns = row.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            turn = {"from": "gpt", "value": "."} if "from" in turns[-1] else {"role": "assistant", "content": "."}
+            return row | {key: [*turns, turn]}
+    if "instruction" in row:
+        return row | {"output": "."}
+    if "prompt" in row and not row.keys() & {"chosen", "rejected", "label"}:
+        return row | {"completion": "."}
+    return row
 
 
 def up_to_last_user_turn(conversation: Conversation) -> Conversation:

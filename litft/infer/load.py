@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litft.data.conversation import Conversation, Message
 from litft.errors import UserError
-from litft.export.final import as_ids
+from litft.export.final import as_ids, generation_settings
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from litft.data.template import ChatEncoder
 
 Prompt = str | list[Message] | Conversation
 """What can be answered: the text of one user turn, the messages so far, or a conversation."""
@@ -28,21 +30,16 @@ class ChatModel:
         tokenizer: of the fine-tuned model; not changed by generation.
         settings: the model's own generation settings (sampling, stop and pad tokens).
         stop_ids: every token that ends an answer.
+        encoder: writes a chat as training did; None where the tokenizer has no chat template.
         name: as the user named the model.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: GenerationConfig
-    stop_ids: set[int] = field(default_factory=set)
+    stop_ids: set[int]
+    encoder: ChatEncoder | None
     name: str = ""
-
-    @cached_property
-    def encoder(self) -> Any:
-        """The `ChatEncoder` that training used; None where the tokenizer has no chat template."""
-        from litft.data.template import ChatEncoder
-
-        return ChatEncoder(self.tokenizer) if self.tokenizer.chat_template else None
 
     @property
     def context_length(self) -> int | None:
@@ -120,7 +117,7 @@ def load_for_inference(
     """
     import torch
 
-    from litft.export.final import generation_settings
+    from litft.data.template import ChatEncoder
     from litft.export.weights import stored_dtype
     from litft.models.load import load_model, load_tokenizer
     from litft.models.resolve import resolve
@@ -139,9 +136,10 @@ def load_for_inference(
     model = model.requires_grad_(False).eval().to(where)
 
     settings = _own_settings(source.adapter) or model.generation_config
-    settings = generation_settings(settings, tokenizer, _template_stop(tokenizer))
+    encoder = ChatEncoder(tokenizer) if tokenizer.chat_template else None
+    settings = generation_settings(settings, tokenizer, _template_stops(encoder))
     model.generation_config = type(settings)()  # blank: every call passes all its settings
-    return ChatModel(model, tokenizer, settings, set(as_ids(settings.eos_token_id)), str(name))
+    return ChatModel(model, tokenizer, settings, set(as_ids(settings.eos_token_id)), encoder, str(name))
 
 
 def find_device(device: str = "auto") -> torch.device:
@@ -185,23 +183,19 @@ def _own_settings(adapter: Path | None) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(adapter)
 
 
-def _template_stop(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The token with which the chat template ends an answer, where it is a token of its own.
+def _template_stops(encoder: ChatEncoder | None) -> set[int]:
+    """The tokens with which the chat template ends an answer, where they are tokens of their own.
 
-    Published models do not always list it among their stop tokens.
+    Published models do not always list them among their stop tokens.
     """
-    from litft.data.template import ChatEncoder
-    from litft.errors import DataError
+    from litft.data.masks import MaskError
 
-    if not tokenizer.chat_template:
+    if encoder is None:
         return set()
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        encoded = ChatEncoder(tokenizer)(as_conversation(messages))
-    except DataError:
+        return set(encoder.stop_ids) & set(encoder.tokenizer.added_tokens_decoder)
+    except MaskError:  # a template that is not understood can still be written with
         return set()
-    last = [id for id, trained in zip(encoded.ids, encoded.trained, strict=True) if trained][-1]
-    return {last} & tokenizer.added_tokens_decoder.keys()
 
 
 def _fast_16_bit_cpu() -> bool:
