@@ -122,7 +122,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         config = packed.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it says GGUF, which what is saved below is not
-        config.name_or_path = ""  # a title out of the GGUF file, which adapters would name as their base
+        vars(config).pop("_model_name_or_path", None)  # a title in the GGUF file, not a place to load from
         # A model made by the GGUF reader counts as quantised and isn't saved; a plain one takes its weights over.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -210,3 +210,45 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     digest.update(json.dumps([special, tokenizer.chat_template], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def can_pack(model: PreTrainedModel | PretrainedConfig) -> str | None:
+    """Whether documents may lie in one flat row behind `litft.models.attention` without seeing each other.
+
+    Decided by structure, not by name: every path from one token to another has to run through attention that
+    transformers hands to a registered function, and positions have to come from `position_ids`.
+
+    Args:
+        model: a model, or its configuration (then its skeleton is built without memory for weights).
+
+    Returns:
+        None if packing is safe, else the reason why not, as half a sentence ("its layers keep a state along the row").
+    """
+    import inspect
+
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):  # a configuration
+        if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return "it brings its own code"
+        with torch.device("meta"), quiet():
+            model = AutoModelForCausalLM.from_config(model)
+    config = model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder and a decoder"
+    if model._is_stateful:
+        return "its layers keep a state along the row"
+    if not model.is_backend_compatible():
+        return "its attention does not go through transformers' attention interface"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "it takes no position_ids, so positions cannot restart with each document"
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        return f"it has layers of the type {min(other)}"
+    for name, module in model.get_decoder().named_modules():
+        if isinstance(module, torch.nn.Conv1d):
+            return f"it has a convolution along the row ({name})"
+        if getattr(module, "is_causal", True) is False:
+            return f"it has attention that looks ahead ({name})"
+    return None
