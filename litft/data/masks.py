@@ -15,21 +15,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from litft.data.conversation import Message
+from litft.errors import UserError
 
 Render = Callable[..., str]
 """`render(messages, tools, prompt=False, **variables) -> str`; raises `MaskError` where the template refuses."""
 
+Span = tuple[int, int]
+"""Half-open range of characters."""
+
 _OPEN, _CLOSE = "\U0010fdd0", "\U0010fdd1"
 _MARK = re.compile(f"{_OPEN}(\\d+)([a-z]){_CLOSE}")
-_TAGS = re.compile(r"(\s*<[^<>]*>)?(.*?)(<[^<>]*>\s*)?", re.DOTALL)
-_NO_THINKING = {"enable_thinking": False, "thinking": False}
+_RESERVED = re.compile("[\U0010fdd0\U0010fdd1\U0010fde0\U0010fde1]")
+_TAGS = re.compile(r"(?:\s*<[^<>]*>)?(.*?)(?:<[^<>]*>\s*)?", re.DOTALL)
 
 
-class MaskError(Exception):
+class MaskError(UserError):
     """Why a template, or a conversation in it, has no certain mask; `mend` says what to do about it."""
 
     def __init__(self, what: str, mend: str = "") -> None:
-        super().__init__(what, mend)
+        super().__init__(f"{what}; {mend}" if mend else what)
         self.what, self.mend = what, mend
 
 
@@ -38,15 +42,15 @@ class Scaffold:
     """What a chat template writes around the texts of a conversation.
 
     Attributes:
-        prompts: by the role of the message before, what stands between the end of its text and the beginning of the
-            answer; the default generation prompt first, then the ones for other cases.
-        headers: the same without the end of the message before: what the generation prompt adds.
-        ends: the end-of-turn texts that may close an answer.
+        prompts: by the role of the message before, what stands between the end of its text (of its answer, for an
+            assistant's) and the beginning of the next answer; the default generation prompt first, then other forms.
+        headers: of that, the part which opens the assistant's turn.
+        ends: the texts that may close an answer, each ending with an end-of-turn token.
         stops: those of them on which generation stops.
-        by_next: the template ends a turn with the mark of the next one, so the last turn has no end.
+        by_next: the template closes a turn with the mark of the next one, so the last turn has no end.
         tools: it renders the schemas of tools.
-        tool_calls: it renders tool calls, with their names, argument names and values.
-        opening: what it writes before the first message where there is none with the role system.
+        tool_calls: it renders tool calls, with names, argument names and values.
+        opening: the text of its own that it puts before the first message (a default system prompt).
     """
 
     prompts: dict[str, tuple[str, ...]]
@@ -56,7 +60,7 @@ class Scaffold:
     by_next: bool
     tools: bool
     tool_calls: bool
-    opening: str = ""
+    opening: str
 
 
 @dataclass(slots=True)
@@ -65,65 +69,72 @@ class Layout:
 
     Attributes:
         text: the render, without marks.
-        marks: (position, message, kind) in the order of the text.
-        tails: for each message, the end of its text that stands after its closing mark (trailing blanks).
+        marks: (position, message, kind) in the order of the text. Kinds: `c` and `d` around content, `r` and `s` around
+            reasoning, `a` and `b` around a string in the arguments of a tool call.
+        outside: for each message, the parts of its content before and after its marks (blanks, or a tag).
+        arguments: whether arguments were marked.
     """
 
     text: str
     marks: list[tuple[int, int, str]]
-    tails: list[str]
+    outside: list[tuple[str, str]]
+    arguments: bool
 
-    def texts(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
-        """Character ranges, in order, of the texts of messages that are not the assistant's."""
-        spans, begin = [], {}
-        for position, message, kind in self.marks:
+    def texts(self, messages: Sequence[Message]) -> list[Span]:
+        """Character ranges, in order, of the content of messages that are not the assistant's."""
+        spans, open_at = [], {}
+        for position, i, kind in self.marks:
+            if messages[i]["role"] == "assistant":
+                continue
+            head, tail = self.outside[i]
             if kind == "c":
-                begin[message] = position
-            elif kind == "d" and message in begin and messages[message]["role"] != "assistant":
-                spans.append((begin.pop(message), position))
+                open_at[i] = position - len(head) if self.text.endswith(head, 0, position) else position
+            elif kind == "d" and i in open_at:
+                end = position + len(tail) if self.text.startswith(tail, position) else position
+                spans.append((open_at.pop(i), end))
         return sorted(spans)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the model has to produce for one assistant message: characters `begin` to `end`, closed from `close` on."""
+
+    message: int
+    begin: int
+    close: int
+    end: int
 
 
 def lay_out(render: Render, messages: Sequence[Message], tools: list | None, text: str, **options: Any) -> Layout:
     """Find where the text of each message stands in `text`, the render of `messages`.
 
     Raises:
-        MaskError: the template rewrites the texts, so that they can't be followed.
+        MaskError: the template rewrites the texts, so that they can't be followed, or the text contains the marks.
     """
+    if _RESERVED.search(text):
+        raise MaskError("the text contains one of the private-use characters U+10FDD0, U+10FDD1, U+10FDE0, U+10FDE1")
     for arguments, inner in ((True, False), (True, True), (False, False), (False, True)):
-        marked, tails = _marked(messages, arguments, inner)
+        marked, outside = _marked(messages, arguments, inner)
         pieces = _MARK.split(render(marked, tools, **options))
         if "".join(pieces[::3]) == text:
             marks, position = [], 0
             for k in range(1, len(pieces), 3):
                 position += len(pieces[k - 1])
                 marks.append((position, int(pieces[k]), pieces[k + 1]))
-            return Layout(text, marks, tails)
+            return Layout(text, marks, outside, arguments)
     raise MaskError(
         "the chat template rewrites the text of the messages, so the answers can't be found in what it renders",
-        "use a template that renders texts as they are, or one with {% generation %} marks",
+        "use a template that renders texts as they are",
     )
 
 
-def check_marks(*texts: str) -> None:
-    """Refuse text that contains the characters used as marks."""
-    for text in texts:
-        if _OPEN in text or _CLOSE in text or "\U0010fde0" in text or "\U0010fde1" in text:
-            raise MaskError("a private-use character (U+10FDD0, U+10FDD1, U+10FDE0 or U+10FDE1) stands in the text")
-
-
-def _mark(message: int, kind: str) -> str:
-    return f"{_OPEN}{message}{kind}{_CLOSE}"
-
-
-def _marked(messages: Sequence[Message], arguments: bool, inner: bool) -> tuple[list[Message], list[str]]:
-    """Copies of the messages with marks around their texts, and what of each text stands after its closing mark."""
-    result, tails = [], []
+def _marked(messages: Sequence[Message], arguments: bool, inner: bool) -> tuple[list[Message], list[tuple[str, str]]]:
+    """Copies of the messages with marks around their texts, and what of each content stands outside its marks."""
+    result, outside = [], []
     for i, message in enumerate(messages):
-        copy = dict(message)
-        content, tail = _wrap(message.get("content") or "", i, "cd", inner and message["role"] != "assistant")
+        copy, parts = dict(message), ("", "")
         if message.get("content"):
-            copy["content"] = content
+            copy["content"], parts = _wrap(message["content"], i, "cd", inner and message["role"] != "assistant")
         if message.get("reasoning_content"):
             copy["reasoning_content"] = _wrap(message["reasoning_content"], i, "rs")[0]
         if arguments and message.get("tool_calls"):
@@ -132,20 +143,21 @@ def _marked(messages: Sequence[Message], arguments: bool, inner: bool) -> tuple[
                 for call in message["tool_calls"]
             ]
         result.append(copy)
-        tails.append(tail)
-    return result, tails
+        outside.append(parts)
+    return result, outside
 
 
-def _wrap(text: str, message: int, kinds: str, inner: bool = False) -> tuple[str, str]:
+def _wrap(text: str, message: int, kinds: str, inner: bool = False) -> tuple[str, tuple[str, str]]:
     """Put marks around a text inside its outer blanks (and tags), where trimming and comparing don't meet them."""
     core = text.strip()
     if not core:
-        return text, text
+        return text, ("", text)
     begin = text.index(core)
     end = begin + len(core)
     if inner and (tags := _TAGS.fullmatch(text)):
-        begin, end = tags.span(2)
-    return text[:begin] + _mark(message, kinds[0]) + text[begin:end] + _mark(message, kinds[1]) + text[end:], text[end:]
+        begin, end = tags.span(1)
+    opening, closing = (f"{_OPEN}{message}{kind}{_CLOSE}" for kind in kinds)
+    return text[:begin] + opening + text[begin:end] + closing + text[end:], (text[:begin], text[end:])
 
 
 def _wrap_leaves(value: Any, message: int) -> Any:
@@ -158,82 +170,71 @@ def _wrap_leaves(value: Any, message: int) -> Any:
     return value
 
 
-def answers(layout: Layout, messages: Sequence[Message], scaffold: Scaffold) -> Iterator[tuple[int, int, int]]:
-    """The character range that the model has to produce for each assistant message.
+def answers(layout: Layout, messages: Sequence[Message], scaffold: Scaffold) -> Iterator[Answer]:
+    """What the model has to produce for each assistant message, in order.
 
-    Args:
-        layout: where the texts stand.
-        messages: the messages, as laid out.
-        scaffold: what the template writes around them.
-
-    Yields:
-        (message, begin, end): from the end of the generation prompt to the end of the end-of-turn token.
+    An answer begins where the generation prompt ends and ends after its end-of-turn token. Both are searched for only
+    between the marks of texts, so nothing that a text spells is taken for scaffold.
 
     Raises:
         MaskError: a beginning or an end can't be found.
     """
-    text, n = layout.text, len(messages)
-    first: list[int | None] = [None] * n
-    last: list[int | None] = [None] * n
-    for position, i, _ in layout.marks:
-        if first[i] is None:
-            first[i] = position
-        last[i] = position
-    following, limit = [len(text)] * n, len(text)  # where the text of the messages after i begins
-    for i in range(n - 1, -1, -1):
-        following[i] = limit
-        position = first[i]
-        limit = min(limit, position) if position is not None else limit
+    text = layout.text
+    first, last = _extents(layout, len(messages))
+    until, limit = [0] * len(messages), len(text)  # where the texts of the messages after i begin
+    for i in range(len(messages) - 1, -1, -1):
+        until[i] = limit
+        limit = min(limit, first.get(i, limit))
     ends = re.compile("|".join(map(re.escape, sorted(scaffold.ends, key=len, reverse=True))) or "(?!)")
-
-    before, before_at = None, 0  # the message whose text ends last so far, and where
-    joined = False  # the answer goes on in the next assistant message, without a header
+    at, before, joined = 0, "", False  # end of the messages so far, the role and the rest of the one that ends there
+    rest = ""
     for i, message in enumerate(messages):
-        begins, stops, until = first[i], last[i], following[i]
-        if begins is not None and (begins < before_at or (stops or 0) > until):
+        if i in first and (first[i] < at or last[i] > until[i]):
             raise MaskError(f"the chat template moves the text of message {i + 1} out of its order")
-        if message["role"] == "assistant":
-            room = until if begins is None else begins
-            begin = before_at if joined else _beginning(text, before_at, room, layout, messages, before, i, scaffold)
-            found = ends.search(text, max(begin, stops or 0), until)
-            after = messages[i + 1]["role"] if i + 1 < n else None
-            header = _find_any(text, scaffold.headers, max(begin, stops or 0), until) if after == "assistant" else -1
-            joined = after == "assistant" and header < 0 and not found
-            if found and not (0 <= header < found.start()):
-                end = found.end()
-            elif joined:
-                end = max(begin, stops or 0)
-            elif scaffold.by_next and (after is None or header >= 0):
-                rest = text[max(begin, stops or 0) : until if header < 0 else header]
-                end = max(begin, stops or 0) + len(rest.rstrip())
-            else:
-                raise MaskError(
-                    f"no end-of-turn token after assistant message {i + 1}: the chat template writes none there",
-                    "use a template that ends every assistant turn with the token on which generation stops",
-                )
-            yield i, begin, end
-            before, before_at = i, max(before_at, end)
-        elif stops is not None:
-            before, before_at = i, stops
+        if message["role"] != "assistant":
+            if i in last:
+                at, before, rest = last[i], message["role"], layout.outside[i][1]
+            continue
+        begin = at if joined else _beginning(text, at, first.get(i, until[i]), before, rest, i, scaffold)
+        own = max(begin, last.get(i, begin))  # the end of the message's own texts
+        follower = messages[i + 1]["role"] if i + 1 < len(messages) else ""
+        found = ends.search(text, own, until[i])
+        header = _find(text, scaffold.headers, own, until[i]) if follower == "assistant" else -1
+        joined = False
+        if found and not 0 <= header < found.start():
+            close, end = found.span()
+        elif follower == "assistant" and header < 0:  # the template writes both messages as one turn
+            close = end = own
+            joined = True
+        elif scaffold.by_next and (header >= 0 or not follower):
+            close = end = own + len(text[own : until[i] if header < 0 else header].rstrip())
+        else:
+            raise MaskError(
+                f"no end-of-turn token stands after assistant message {i + 1}",
+                "use a template that closes every assistant turn with the token on which generation stops",
+            )
+        yield Answer(i, begin, close, end)
+        at, before, rest = end, "assistant", ""
 
 
-def _beginning(
-    text: str,
-    at: int,
-    room: int,
-    layout: Layout,
-    messages: Sequence[Message],
-    before: int | None,
-    message: int,
-    scaffold: Scaffold,
-) -> int:
-    """Where the answer of `message` begins, between `at` (the text before it) and `room` (its own text)."""
-    if before is not None and messages[before]["role"] != "assistant":
-        tail = layout.tails[before]
-        for prompt in scaffold.prompts.get(messages[before]["role"], ()):
-            for blanks in {len(tail): 0, len(tail.rstrip()): 0} | dict.fromkeys(range(len(tail))):
-                if prompt and at + blanks + len(prompt) <= room and text.startswith(prompt, at + blanks):
-                    return at + blanks + len(prompt)
+def _extents(layout: Layout, count: int) -> tuple[dict[int, int], dict[int, int]]:
+    """The first and the last mark of each message."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for position, i, _ in layout.marks:
+        first.setdefault(i, position)
+        last[i] = position
+    return first, last
+
+
+def _beginning(text: str, at: int, room: int, before: str, rest: str, message: int, scaffold: Scaffold) -> int:
+    """Where the answer begins, between `at`, the end of the message before but for its `rest`, and its own text."""
+    for prompt in scaffold.prompts.get(before, ()):
+        for skipped in dict.fromkeys((len(rest), len(rest.rstrip()), *range(len(rest)))):
+            end = at + skipped + len(prompt)
+            if end <= room and text.startswith(prompt, at + skipped):
+                # A template may write a header that its own generation prompt lacks; the model never writes one.
+                return next((end + len(h) for h in scaffold.headers if text.startswith(h, end, room)), end)
     for header in scaffold.headers:
         found = text.find(header, at, room)
         if found >= 0:
@@ -241,5 +242,5 @@ def _beginning(
     raise MaskError(f"the generation prompt does not stand before assistant message {message + 1}")
 
 
-def _find_any(text: str, parts: Sequence[str], begin: int, end: int) -> int:
-    return min((at for part in parts if part and (at := text.find(part, begin, end)) >= 0), default=-1)
+def _find(text: str, parts: Sequence[str], begin: int, end: int) -> int:
+    return min((at for part in parts if (at := text.find(part, begin, end)) >= 0), default=-1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from litft.data.conversation import Message
 from litft.data.masks import MaskError, Render, Scaffold, lay_out
@@ -56,7 +58,7 @@ class Form:
         return [self._shape(message) for message in messages]
 
     def _shape(self, message: Message) -> Message:
-        shaped = {key: value for key, value in message.items() if value is not None}
+        shaped = {key: value for key, value in message.items() if value is not None}  # else some render "None"
         if self.parts and isinstance(shaped.get("content"), str):
             shaped["content"] = [{"type": "text", "text": shaped["content"]}]
         if "reasoning_content" in shaped:
@@ -104,100 +106,76 @@ def learn(render: Render, special_tokens: Sequence[str]) -> Scaffold:
 
     Args:
         render: `render(messages, tools, prompt=False, **variables)`.
-        special_tokens: the tokenizer's special tokens.
+        special_tokens: the tokenizer's special tokens, longest first.
 
     Raises:
         MaskError: the template refuses even a question and an answer, or writes no end-of-turn token.
     """
-    second: Message = {**_ANSWER, "content": "litft second"}
-    question_2: Message = {**_USER, "content": "litft follow-up"}
     ask, chat = [_USER], [_USER, _ANSWER]
-    prompt = _after(render, ask, prompt=True)
-    header = prompt[_common(prompt, _after(render, ask)) :]
-    closing, closing_last = _after(render, chat, prompt=True), _after(render, chat)
-    between = ""
-    bases = [_gap(render, chat, 0)]
-    try:
-        long = [_USER, _ANSWER, question_2, second]
-        bases += [_gap(render, long, 0), _gap(render, long, 2)]
+    gaps, between, opening = [_gap(render, chat, 0)], "", ""
+    long = [*chat, {**_USER, "content": "litft follow-up"}, {**_ANSWER, "content": "litft second"}]
+    with contextlib.suppress(MaskError):  # a template may hold one question and one answer only
+        gaps += [_gap(render, long, 0), _gap(render, long, 2)]
         between = _gap(render, long, 1)
-    except MaskError:  # the template holds one question and one answer only
-        pass
-    closing = (
-        closing.removesuffix(header)
-        if header and closing.endswith(header)
-        else between[: _common(between, closing_last)]
-    )
+        opening = _own_text(render(ask, None).partition(str(_USER["content"]))[0], between, special_tokens)
+    prompts = {"user": _prompts(render, ask, None, gaps)}
+    prompt = prompts["user"][0]
+    shared = _common(prompt, _after(render, ask))  # the end of the user's turn
+    headers = _unique(p[shared:] for p in prompts["user"] if p.startswith(prompt[:shared]))
 
+    closing, closing_last = _after(render, chat, prompt=True), _after(render, chat)
+    header = next((h for h in headers if closing.endswith(h)), "")
+    closing = closing.removesuffix(header) if header else between[: _common(between, closing_last)] or closing_last
     end, end_last = closing.strip(), closing_last.strip()
     if end and end_last.startswith(end):
         end_last = end
     ends = [e for e in (end_last, end) if e]
-    stops = [end_last] if end_last else ends
+    stops = [end_last] if end_last else ends[:1]
     by_next = not ends
-    if by_next:
-        ends = [mark] if (mark := _first_special(between, special_tokens)) else []
-        stops = ends
-
-    prompts = {"user": _prompts(render, ask, None, prompt, bases)}
-    prompts["assistant"] = ()
-    rendered = _try(render, [_USER, _CALL, _TOOL], [_SCHEMA])
-    tools = rendered is not None and all(s in rendered for s in ("litft_name", "litft description"))
-    tool_calls = False
-    called = [_USER, _CALL]
-    alone = _try(render, called, [_SCHEMA])
-    seen = alone[alone.index("litft question") :] if alone and "litft question" in alone else ""
-    if rendered and all(s in seen for s in ("litft_name", "litft_key", "litft value")) and "litft result" in rendered:
-        tool_calls = True
-        chat = [_USER, _CALL, _TOOL]
-        last, mid = _after(render, called, [_SCHEMA]), _gap(render, chat, 1, [_SCHEMA])
-        close = mid[: _common(mid, last)].rstrip()
-        if not any(close.endswith(e) for e in ends):
-            mark = (
-                _first_special(mid[len(close) :], special_tokens) if by_next else _last_special(close, special_tokens)
-            )
-            if mark:
-                ends.append(mark)
-                stops.append(mark)
-        after_tool = _after(render, chat, [_SCHEMA], prompt=True)
-        answered = [*chat, _ANSWER]
-        gaps = [_gap(render, answered, 2, [_SCHEMA])] if _try(render, answered, [_SCHEMA]) else []
-        prompts["tool"] = _prompts(render, chat, [_SCHEMA], after_tool, gaps)
+    if by_next and (mark := _first_special(between, special_tokens)):
+        ends, stops = [mark], [mark]
     if not ends:
         raise MaskError(
             "the chat template writes no end-of-turn token after an answer, so the model would never learn to stop",
             "name another with data.chat_template (a Jinja file, or chatml)",
         )
-    headers = [header]
-    for base in bases:
-        kept = header[: _overlap(header, base)]
-        headers.append(kept)
-    return Scaffold(
-        prompts,
-        tuple(dict.fromkeys(h for h in headers if h.strip())),
-        tuple(dict.fromkeys(ends)),
-        tuple(dict.fromkeys(stops)),
-        by_next,
-        tools,
-        tool_calls,
-    )
+    rest = closing[len(closing.rstrip()) :]
+    prompts["assistant"] = _unique((rest + headers[0], *map(rest.__add__, headers))) if headers else (rest,)
+
+    called, told = [_USER, _CALL], [_USER, _CALL, _TOOL]
+    alone, rendered = _try(render, called, [_SCHEMA]), _try(render, told, [_SCHEMA])
+    asked = _try(render, ask, [_SCHEMA])
+    tools = asked is not None and all(s in asked for s in ("litft_name", "litft description", "litft_key"))
+    call = (alone or "").partition(str(_USER["content"]))[2]
+    tool_calls = all(s in call for s in ("litft_name", "litft_key", "litft value"))
+    if tool_calls and rendered and str(_TOOL["content"]) in rendered:
+        last, middle = _after(render, called, [_SCHEMA]), _gap(render, told, 1, [_SCHEMA])
+        close = middle[: _common(middle, last)].rstrip()
+        if not any(close.endswith(e) for e in ends):
+            rest = middle[len(close) :]
+            mark = _first_special(rest, special_tokens) if by_next else _last_special(close, special_tokens)
+            ends += [mark] if mark else []
+            stops = [*stops, mark] if mark else stops
+        answered = [*told, _ANSWER]
+        gaps = [_gap(render, answered, 2, [_SCHEMA])] if _try(render, answered, [_SCHEMA]) else []
+        prompts["tool"] = _prompts(render, told, [_SCHEMA], gaps)
+    return Scaffold(prompts, headers, _unique(ends), _unique(stops), by_next, tools, tool_calls, opening)
 
 
-def _try(render: Render, messages: Sequence[Message], tools: list | None, **options: object) -> str | None:
+def _try(render: Render, messages: Sequence[Message], tools: list | None, **options: Any) -> str | None:
     try:
         return render(messages, tools, **options)
     except MaskError:
         return None
 
 
-def _after(render: Render, messages: Sequence[Message], tools: list | None = None, **options: object) -> str:
-    """What the template writes after the last text of the messages."""
+def _after(render: Render, messages: Sequence[Message], tools: list | None = None, **options: Any) -> str:
+    """What the template writes after the text of the last message."""
     layout = lay_out(render, messages, tools, render(messages, tools, **options), **options)
-    return (
-        layout.text[max(position for position, i, _ in layout.marks if i == len(messages) - 1) :]
-        if any(i == len(messages) - 1 for _, i, _ in layout.marks)
-        else ""
-    )
+    positions = [position for position, i, _ in layout.marks if i == len(messages) - 1]
+    if not positions:
+        raise MaskError(f"the chat template does not render the text of a message of role {messages[-1]['role']}")
+    return layout.text[max(positions) :]
 
 
 def _gap(render: Render, messages: Sequence[Message], i: int, tools: list | None = None) -> str:
@@ -206,20 +184,29 @@ def _gap(render: Render, messages: Sequence[Message], i: int, tools: list | None
     begin = max((position for position, at, _ in layout.marks if at == i), default=None)
     end = min((position for position, at, _ in layout.marks if at == i + 1), default=None)
     if begin is None or end is None or begin > end:
-        raise MaskError("the chat template does not render every message")
+        raise MaskError("the chat template does not render every message in its place")
     return layout.text[begin:end]
 
 
-def _prompts(
-    render: Render, messages: list[Message], tools: list | None, prompt: str, gaps: Sequence[str]
-) -> tuple[str, ...]:
-    """The generation prompt after `messages`, with and without thinking, and what of it stands before real answers."""
+def _prompts(render: Render, messages: list[Message], tools: list | None, gaps: Sequence[str]) -> tuple[str, ...]:
+    """The generation prompt after `messages`, the one without thinking, and what of it stands before real answers."""
+    prompt = _after(render, messages, tools, prompt=True)
     try:
         other = _after(render, messages, tools, prompt=True, **_NO_THINKING)
     except MaskError:
         other = prompt
-    shared = sorted({prompt[: _common(prompt, gap)] for gap in gaps}, key=len, reverse=True)
-    return tuple(dict.fromkeys((prompt, other, *shared)))
+    parts = sorted({prompt[: _common(prompt, gap)] for gap in (*gaps, other)}, key=len, reverse=True)
+    return tuple(dict.fromkeys((prompt, other, *filter(str.strip, parts))))
+
+
+def _own_text(opening: str, between: str, special_tokens: Sequence[str]) -> str:
+    """Words of the template's own in what it writes before the first message (not the header of the user's turn)."""
+    n = next((k for k, (x, y) in enumerate(zip(opening[::-1], between[::-1], strict=False)) if x != y), len(between))
+    text = opening[: max(0, len(opening) - n)]
+    words = text
+    for token in special_tokens:
+        words = words.replace(token, " ")
+    return text if re.search(r"\w\s+\w", words) else ""
 
 
 def _common(a: str, b: str) -> int:
@@ -232,13 +219,12 @@ def _common(a: str, b: str) -> int:
     return n
 
 
-def _overlap(header: str, gap: str) -> int:
-    """How much of the beginning of `header` stands at the end of `gap`."""
-    return next((n for n in range(len(header), 0, -1) if gap.endswith(header[:n])), 0)
+def _unique(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part for part in parts if part.strip()))
 
 
 def _first_special(text: str, tokens: Sequence[str]) -> str:
-    found = re.search("|".join(map(re.escape, tokens)), text) if tokens else None
+    found = re.search("|".join(map(re.escape, tokens)) or "(?!)", text)
     return found.group() if found else ""
 
 

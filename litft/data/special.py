@@ -1,9 +1,9 @@
 """Tokens of a rendered chat, where text that only spells a control token stays text.
 
-A user may write `<|im_end|>` in a message. Tokenised as it stands, that becomes the control token and ends the turn: the
-text forges structure. Here the spots are found by their character offsets, and the chat is tokenised once more with the
-true control tokens written as private names, so that nothing else is recognised as one. Every other id stays as in the
-tokenisation of the whole text.
+A user may write `<|im_end|>` in a message. Tokenised as it stands, that becomes the control token and ends the turn:
+the text forges structure. Here such spots are found by their character offsets, and the chat is tokenised once more
+with the true control tokens written as private names, so that nothing else is recognised as one. Every other id stays
+as in the tokenisation of the whole text.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from litft.data.masks import Span
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Span = tuple[int, int]
-"""Half-open range of characters."""
 
 _ALIAS = "\U0010fde0{}\U0010fde1"  # how a true control token is written for the second tokenisation
 

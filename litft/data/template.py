@@ -8,17 +8,21 @@ end of the prompt belongs to the answer, which could not be written without it.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import re
-import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from litft.data import masks, scaffold
+from litft.data import masks
 from litft.data.conversation import Conversation, Message
-from litft.data.masks import Layout, MaskError, Scaffold
-from litft.data.special import ChatTokenizer, Span
+from litft.data.masks import Answer, Layout, MaskError, Scaffold, Span
+from litft.data.scaffold import Form, find_form, learn
+from litft.data.special import ChatTokenizer
 from litft.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,60}[|｜]>")
+_ASSISTANT: Message = {"role": "assistant"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -52,12 +57,12 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Turns conversations into tokens and the mask of the trained ones.
+    """Turns conversations into tokens and the mask of the trained ones. Picklable.
 
     Args:
         tokenizer: a fast tokenizer with a chat template (raw text rows need none).
         train_on: `assistant`: all assistant messages except those with `train: false`; `last`: the last assistant
-            message, and those with `train: true`; `all`: every token except those of messages with `train: false`.
+            message, and those with `train: true`; `all`: every token except the texts with `train: false`.
         allow_special_tokens: let text of system, user and tool messages that spells a special token become that token.
 
     Raises:
@@ -73,123 +78,178 @@ class ChatEncoder:
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, which can't say which characters a token stands for;"
-                " load its fast version (a tokenizer.json beside the model)"
+                f"{type(tokenizer).__name__} is a slow tokenizer, which can't say which characters a token stands for\n"
+                "mend: use the model's fast tokenizer (a tokenizer.json in its folder)"
             )
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.allow_special_tokens = allow_special_tokens
         self._tokens = ChatTokenizer(tokenizer)
-        self._form: scaffold.Form | None = None
-        self._scaffold: Scaffold | None = None
-        self._said: set[str] = set()
-
-    # -- public ------------------------------------------------------------------------------------------------------
+        self._learned: dict[bool, tuple[Form, Scaffold]] = {}
 
     def __call__(self, conversation: Conversation) -> Encoded:
         """Encode a training row.
 
         Raises:
-            DataError: the template refuses the row, its mask can't be established, or no token would be trained.
+            DataError: the template refuses the row or loses a part of it, its mask can't be established, or no token
+                would be trained.
         """
         try:
-            encoded = (
-                self._encode_text(conversation.text) if conversation.text is not None else self._encode(conversation)
-            )
+            if conversation.text is not None:
+                return self._encode_text(conversation.text)
+            return self._encode_chat(conversation)
         except MaskError as error:
-            raise DataError(
-                error.what, file=conversation.file or None, line=conversation.line or None, mend=error.mend
-            ) from error
-        for note in encoded.notes:
-            if note not in self._said:
-                self._said.add(note)
-                warnings.warn(note, stacklevel=2)
-        return encoded
+            raise _data_error(error, conversation) from error
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Token ids of the messages and the generation prompt, as the model gets them at inference."""
+        """Token ids of the messages and the generation prompt, as the model gets them at inference.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        messages, tools = conversation.messages, conversation.tools
         try:
-            text = self._render(conversation.messages, conversation.tools, prompt=True)
-            literal: Sequence[Span] = ()
-            if self._spells_special(conversation.messages):
-                layout = masks.lay_out(self._render, conversation.messages, conversation.tools, text, prompt=True)
-                literal = layout.texts(conversation.messages)
+            text = self._render(messages, tools, prompt=True)
+            literal: list[Span] = []
+            if self._spells_special(messages):
+                layout = masks.lay_out(self._render, messages, tools, text, prompt=True)
+                literal = self._literal(layout, messages)
             return self._tokens(text, literal)[0]
         except MaskError as error:
-            raise DataError(
-                error.what, file=conversation.file or None, line=conversation.line or None, mend=error.mend
-            ) from error
+            raise _data_error(error, conversation) from error
 
     @property
     def scaffold(self) -> Scaffold:
-        """What the template writes around the texts (learned at first use)."""
-        if self._scaffold is None:
-            self._scaffold = scaffold.learn(self._render, self._tokens.special_tokens)
-        return self._scaffold
+        """What the template writes around the texts.
+
+        Raises:
+            UserError: no mask can be established with this template.
+        """
+        return self._learn(None)[1]
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The ids of the end-of-turn tokens, on which generation stops."""
-        ids = [self.tokenizer(stop, add_special_tokens=False)["input_ids"][-1] for stop in self.scaffold.stops]
-        return tuple(dict.fromkeys(ids))
+    def stop_ids(self) -> set[int]:
+        """The ids of the trained end-of-turn tokens on which generation stops.
 
-    # -- chats -------------------------------------------------------------------------------------------------------
+        Raises:
+            UserError: no mask can be established with this template.
+        """
+        return {self.tokenizer(stop, add_special_tokens=False)["input_ids"][-1] for stop in self.scaffold.stops}
 
-    def _encode(self, conversation: Conversation) -> Encoded:
-        messages, tools = conversation.messages, conversation.tools
-        wanted = self._wanted(conversation)
-        masks.check_marks(*(m.get("content") or "" for m in messages))
-        text = self._render(messages, tools)
-        scaffold = self.scaffold
-        layout = masks.lay_out(self._render, messages, tools, text)
-        self._check_complete(layout, conversation)
-        spans = [(begin, end) for i, begin, end in masks.answers(layout, messages, scaffold) if wanted[i]]
-        literal = [] if self.allow_special_tokens else layout.texts(messages)
-        ids, offsets = self._tokens(text, literal)
-        trained = [True] * len(ids) if self.train_on == "all" else _covered(offsets, spans)
-        if not any(trained):
-            raise MaskError("no token of this row would be trained", "see data.train_on and the messages' train flags")
-        return Encoded(ids, trained, text)
-
-    def _wanted(self, conversation: Conversation) -> list[bool]:
-        roles = [message["role"] for message in conversation.messages]
-        flags = conversation.train or [None] * len(roles)
-        last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
-        wanted = []
-        for i, (role, flag) in enumerate(zip(roles, flags, strict=True)):
-            default = role == "assistant" and (self.train_on != "last" or i == last)
-            wanted.append(default if flag is None else flag)
-        return wanted
-
-    def _check_complete(self, layout: Layout, conversation: Conversation) -> None:
-        pass
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything in here that decides ids and masks."""
+        tokenizer = self.tokenizer
+        parts = (
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.special_tokens_map,
+            tokenizer.chat_template,
+            self.train_on,
+            self.allow_special_tokens,
+        )
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _encode_text(self, text: str) -> Encoded:
         ids = list(self.tokenizer(text)["input_ids"])
+        if not ids:
+            raise MaskError("the text is empty")
         eos = self.tokenizer.eos_token_id
-        if eos is not None and (not ids or ids[-1] != eos):
+        if eos is not None and ids[-1] != eos:
             ids.append(eos)
         return Encoded(ids, [True] * len(ids), text)
 
+    def _encode_chat(self, conversation: Conversation) -> Encoded:
+        messages, tools = conversation.messages, conversation.tools
+        wanted = self._wanted(conversation)
+        scaffold = self._learn(tools)[1]
+        text = self._render(messages, tools)
+        layout = masks.lay_out(self._render, messages, tools, text)
+        _check_complete(layout, messages, tools, scaffold)
+        ids, offsets = self._tokens(text, self._literal(layout, messages))
+        if self.train_on == "all" and all(wanted):
+            return Encoded(ids, [True] * len(ids), text)
+        answers = list(masks.answers(layout, messages, scaffold))
+        for answer in answers:
+            _check_calls(text, answer, messages[answer.message])
+        if self.train_on == "all":
+            unwanted = [(a.begin, a.end) for a in answers if not wanted[a.message]]
+            unwanted += layout.texts([m if not w else _ASSISTANT for m, w in zip(messages, wanted, strict=True)])
+            trained = [not covered for covered in _covered(offsets, sorted(unwanted))]
+        else:
+            kept = [answer for answer in answers if wanted[answer.message]]
+            spans = [(answer.begin, answer.end) for answer in kept]
+            if self._marks_answers(tools):
+                spans = _within(kept, self._native_spans(messages, tools))
+            trained = _covered(offsets, spans)
+        if not any(trained):
+            raise MaskError("no token of this row would be trained", "see data.train_on and the messages' train flags")
+        return Encoded(ids, trained, text, _notes(text, answers, wanted, messages, scaffold, layout))
+
+    def _wanted(self, conversation: Conversation) -> list[bool]:
+        """Which messages are trained."""
+        messages = conversation.messages
+        flags = conversation.train or [None] * len(messages)
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+        wanted = []
+        for i, (message, flag) in enumerate(zip(messages, flags, strict=True)):
+            answer = message["role"] == "assistant"
+            if self.train_on == "all":
+                wanted.append(flag is not False)
+                continue
+            if flag and not answer:
+                raise MaskError(
+                    f"train: true stands on message {i + 1}, of role {message['role']}",
+                    "only assistant messages can be trained, or every token with data.train_on: all",
+                )
+            wanted.append((answer and (self.train_on == "assistant" or i == last)) if flag is None else flag)
+            if wanted[-1] and not any(message.get(k) for k in ("content", "reasoning_content", "tool_calls")):
+                raise MaskError(f"assistant message {i + 1} is empty", "remove it, or give it train: false")
+        return wanted
+
     def _spells_special(self, messages: Sequence[Message]) -> bool:
         return not self.allow_special_tokens and any(
-            message["role"] != "assistant" and self._tokens.spells_special(message.get("content") or "")
-            for message in messages
+            m["role"] != "assistant" and self._tokens.spells_special(m.get("content") or "") for m in messages
         )
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: list | None,
-        *,
-        prompt: bool = False,
-        form: scaffold.Form | None = None,
-        **variables: Any,
+    def _literal(self, layout: Layout, messages: Sequence[Message]) -> list[Span]:
+        """Where nothing is a control token, because somebody else than the template wrote it."""
+        return [] if self.allow_special_tokens else layout.texts(messages)
+
+    def _marks_answers(self, tools: list | None) -> bool:
+        """Whether the template says itself, with {% generation %}, what the model produces."""
+        return bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
+
+    def _native_spans(self, messages: Sequence[Message], tools: list | None) -> list[Span]:
+        """The character ranges that the template puts between {% generation %} and {% endgeneration %}."""
+        encoding = self.tokenizer.apply_chat_template(
+            self._learn(tools)[0](messages),
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        marked = zip(encoding["assistant_masks"], encoding["offset_mapping"], strict=True)
+        return [tuple(offsets) for inside, offsets in marked if inside]
+
+    def _learn(self, tools: list | None) -> tuple[Form, Scaffold]:
+        """Form and scaffold of the template; tokenizers may have another template for conversations with tools."""
+        own = isinstance(self.tokenizer.chat_template, dict) and bool(tools)
+        if own not in self._learned:
+
+            def render(messages: Sequence[Message], offered: list | None, **options: Any) -> str:
+                return self._apply(messages, offered or (tools if own else None), **options)
+
+            form = find_form(render)
+            learned = learn(functools.partial(render, form=form), self._tokens.special_tokens)
+            self._learned[own] = (form, learned)
+        return self._learned[own]
+
+    def _render(self, messages: Sequence[Message], tools: list | None, *, prompt: bool = False) -> str:
+        return self._apply(messages, tools, prompt=prompt, form=self._learn(tools)[0])
+
+    def _apply(
+        self, messages: Sequence[Message], tools: list | None, *, form: Form, prompt: bool = False, **variables: Any
     ) -> str:
-        if form is None:
-            if self._form is None:
-                self._form = scaffold.find_form(self._render)
-            form = self._form
         try:
             text = self.tokenizer.apply_chat_template(
                 form(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
@@ -197,6 +257,97 @@ class ChatEncoder:
         except Exception as error:  # a template is a program: it may fail in any way
             raise MaskError(f"the chat template refuses this conversation: {error}") from error
         return str(text)
+
+
+def _data_error(error: MaskError, conversation: Conversation) -> DataError:
+    return DataError(error.what, file=conversation.file or None, line=conversation.line or None, mend=error.mend)
+
+
+def _check_complete(layout: Layout, messages: Sequence[Message], tools: list | None, scaffold: Scaffold) -> None:
+    """Refuse a conversation of which the template leaves something out."""
+    if tools and not scaffold.tools:
+        raise MaskError("the chat template does not render tools", "use a template that does, or remove the tools")
+    marks = Counter((i, kind) for _, i, kind in layout.marks)
+    for i, message in enumerate(messages):
+        role, calls = message["role"], message.get("tool_calls")
+        if calls and not scaffold.tool_calls:
+            raise MaskError(
+                f"the chat template does not render tool_calls (message {i + 1})",
+                "use a template that does, or write the calls into the content",
+            )
+        if (message.get("content") or "").strip() and not (marks[i, "c"] or marks[i, "d"]):
+            beside = " beside its tool_calls" if calls else ""
+            raise MaskError(
+                f"the chat template does not render the content of message {i + 1} ({role}){beside}",
+                "use a template that does, or remove the message's content",
+            )
+        if calls and layout.arguments:
+            strings = sum(_count_strings(call["function"]["arguments"]) for call in calls)
+            if marks[i, "a"] < strings:
+                raise MaskError(f"the chat template does not render all tool_calls of message {i + 1}")
+
+
+def _count_strings(value: Any) -> int:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        sum(map(_count_strings, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, (dict, list))
+        else 0
+    )
+
+
+def _check_calls(text: str, answer: Answer, message: Message) -> None:
+    """Refuse an answer that does not name all the functions it calls."""
+    names = Counter(call["function"]["name"] for call in message.get("tool_calls") or ())
+    for name, times in names.items():
+        if text.count(name, answer.begin, answer.end) < times:
+            raise MaskError(f"the chat template does not render all tool_calls of message {answer.message + 1}")
+
+
+def _notes(
+    text: str,
+    answers: Sequence[Answer],
+    wanted: Sequence[bool],
+    messages: Sequence[Message],
+    scaffold: Scaffold,
+    layout: Layout,
+) -> tuple[str, ...]:
+    """What the template leaves out of a row by its own rules."""
+    notes = []
+    reasoned = {i for _, i, kind in layout.marks if kind in "rs"}
+    asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for answer in answers:
+        i, message = answer.message, messages[answer.message]
+        # Reasoning before the last question is dropped by many templates, as it is when the model is served.
+        if wanted[i] and i > asked:
+            thought, closed, _ = (message.get("content") or "").rpartition("</think>")
+            thought = thought.rpartition("<think>")[2].strip() if closed else ""
+            lost = message.get("reasoning_content") and i not in reasoned
+            if lost or thought not in text[answer.begin : answer.end]:
+                notes.append("the chat template does not render the reasoning of the last answer")
+        if wanted[i] and scaffold.by_next and answer.close == answer.end:
+            notes.append(
+                "the chat template writes no end-of-turn token after the last answer, so none is trained there"
+            )
+    return tuple(dict.fromkeys(notes))
+
+
+def _within(answers: Sequence[Answer], native: Sequence[Span]) -> list[Span]:
+    """The parts of the answers that the template marks, with the end of turn wherever it marks a part of the answer."""
+    spans, at = [], 0
+    for answer in answers:
+        while at < len(native) and native[at][1] <= answer.begin:
+            at += 1
+        inside = at
+        while inside < len(native) and native[inside][0] < answer.end:
+            begin, end = native[inside]
+            spans.append((max(begin, answer.begin), min(end, answer.end)))
+            inside += 1
+        if inside > at and answer.close < answer.end:
+            spans.append((max(answer.close, spans[-1][1]), answer.end))
+        at = inside
+    return [(begin, end) for begin, end in spans if begin < end]
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
