@@ -172,6 +172,7 @@ def _first_line(exc: Exception) -> str:
 
 
 def _row(text: bytes, file: str, line: int, first_line: int = 0) -> Row:
+    text = text.rstrip(b"\r\n")
     try:
         return Row(file, line, parse_json(text, file=file, line=line, first_line=first_line))
     except DataError as error:
@@ -237,18 +238,18 @@ def _read_csv(file: str, progress: Progress | None) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), jsontext.MAX_ROW_BYTES))
     line = 0  # the last one read: a quoted cell may span several
 
-    def text(handle: io.BufferedReader) -> Iterator[str]:
+    def decoded(numbered: tuple[int, bytes | DataError]) -> str:
         nonlocal line
-        for line, raw in _lines(handle, file):
-            if isinstance(raw, DataError):
-                raise raw
-            try:
-                yield raw.decode("utf-8")
-            except UnicodeDecodeError as exc:
-                raise not_utf8(exc, file=file, line=line) from None
+        line, raw = numbered
+        if isinstance(raw, DataError):
+            raise raw
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise not_utf8(exc, file=file, line=line) from None
 
     with open_bytes(file, progress) as handle:
-        reader = csv.reader(text(handle), strict=True)
+        reader = csv.reader(map(decoded, _lines(handle, file)), strict=True)
         header: list[str] | None = None
         while True:
             start = line + 1

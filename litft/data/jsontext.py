@@ -207,7 +207,8 @@ def array_elements(handle: IO[bytes], line: int = 1, chunk: int = 1 << 20) -> It
                 line += buffer.count(b"\n", start, position)
                 start = position
                 if token in b"]":
-                    rest = (buffer[start:] + handle.read(chunk)).strip()
+                    buffer += handle.read(chunk)
+                    rest, line = element(len(buffer))
                     if rest:
                         what, mend = (
                             f"text after the end of the array (line {line})",

@@ -40,7 +40,7 @@ BROKEN_ARCHIVE = (EOFError, zlib.error, gzip.BadGzipFile, ZstdBroken)
 class _Zstd(io.RawIOBase):
     """The text of a .zst file. zstandard's own reader takes a truncated file for a complete one; this one does not."""
 
-    def __init__(self, file: io.RawIOBase) -> None:
+    def __init__(self, file: io.BufferedReader) -> None:
         try:
             import zstandard
         except ImportError:
@@ -89,9 +89,9 @@ def open_bytes(path: str, progress: Progress | None) -> Iterator[io.BufferedRead
     with _Counted(path, progress) as file:
         raw: Any = file
         if path.lower().endswith(".gz"):
-            raw = gzip.GzipFile(fileobj=file)
+            raw = gzip.GzipFile(fileobj=io.BufferedReader(file))
         elif path.lower().endswith(".zst"):
-            raw = _Zstd(file)
+            raw = _Zstd(io.BufferedReader(file))
         with io.BufferedReader(raw, 1 << 20) as handle:
             head = handle.peek(4)[:4]
             if head.startswith((b"\xff\xfe", b"\xfe\xff")):

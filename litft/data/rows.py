@@ -203,9 +203,10 @@ class Check:
                     to_conversation(row.value, row.file, row.line)
                 self.schemas[schema] += 1
             except DataError as error:  # of the row, or of a file that breaks off: then there is no next one
-                self.bad += 1
+                self.rows, self.bad = self.rows + 1, self.bad + 1
                 yield error
-            self.rows += 1
+            else:
+                self.rows += 1
 
     def summary(self) -> list[str]:
         """A line for each form ("300 preference rows (for dpo)"), and the last line, "N rows, M bad"."""
