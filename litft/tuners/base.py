@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from litft.errors import UserError
@@ -26,12 +27,14 @@ class Applied:
         trainable: number of weights that learn.
         total: number of weights in the model before it was touched.
         matched: names of the adapted modules and parameters, in model order.
+        whole: names of the modules that learn as a whole beside them, and of embeddings with learning rows.
         skipped: weights that look adaptable and were left alone (fused experts), name pattern to count.
     """
 
     trainable: int
     total: int
     matched: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -39,6 +42,8 @@ class Applied:
         text = f"{self.trainable:,} of {self.total:,} weights learn ({self.trainable / max(self.total, 1):.2%})"
         if self.matched:
             text += f", {len(self.matched)} modules adapted"
+        if self.whole:
+            text += f", beside them {', '.join(self.whole)}"
         if self.skipped:
             left = ", ".join(f"{name} ({count:,} weights)" for name, count in self.skipped.items())
             text += f"; not adapted, reach them with target_parameters: {left}"
@@ -70,17 +75,33 @@ class Tuner(ABC):
         """Fold what was learnt into the model's own weights, in place. Nothing to do where they learnt themselves."""
         return None
 
+    def save(self, model: PreTrainedModel, folder: str | Path, base: str, revision: str | None = None) -> None:
+        """Write what was learnt as an adapter folder.
+
+        Raises:
+            TypeError: the tuner has no adapter; what leaves is the model itself (`litft.export`).
+        """
+        raise TypeError(f"{self.name} tuning has no adapter to save: export the model")
+
+    def load(self, model: PreTrainedModel, folder: str | Path) -> None:
+        """Copy a saved adapter into a model that this tuner was applied to.
+
+        Raises:
+            UserError: the tuner has no adapter.
+        """
+        raise UserError(f"{folder}: {self.name} tuning can't go on with an adapter: use lora, or merge it first")
+
     @contextmanager
-    def disabled(self, model: PreTrainedModel) -> Iterator[None]:
+    def disabled(self, model: nn.Module) -> Iterator[None]:
         """Inside the context the model answers as before training; restored on exit, exceptions included."""
         raise TypeError(f"{self.name} tuning changes the model itself: keep a frozen copy as the reference")
         yield
 
-    def trainable_state(self, model: PreTrainedModel) -> dict[str, Tensor]:
+    def trainable_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The learning weights by name, detached and not copied: all that a checkpoint has to hold."""
         return {name: param.detach() for name, param in trainable_parameters(model)}
 
-    def load_trainable_state(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    def load_trainable_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Copy a `trainable_state` back into the model.
 
         Raises:
@@ -88,7 +109,7 @@ class Tuner(ABC):
         """
         copy_exactly(dict(trainable_parameters(model)), state, "checkpoint")
 
-    def param_groups(self, model: PreTrainedModel, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups over the learning weights, in model order inside a group.
 
         Weight decay acts on matrices only: norms, biases and DoRA magnitudes (everything 1-D or named bias) go

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from litft.tuners.quant import weight_matrix
+from litft.errors import UserError
+from litft.tuners.quant import is_quantised, weight_matrix
 
 Init = Literal["default", "gaussian", "pissa"]
 
@@ -96,17 +97,20 @@ class LoRALinear(Adapter):
 
     @torch.no_grad()
     def _split_off_principal_part(self) -> None:
+        if is_quantised(self.base_layer):
+            raise UserError("init: pissa needs the weights before quantisation: load the model in 16 bits")
         weight = weight_matrix(self.base_layer)
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
         root = torch.sqrt(s[: self.r] / self.scale)
         self.lora_A.copy_(root[:, None] * vh[: self.r])
         self.lora_B.copy_(u[:, : self.r] * root)
         self.initial_A, self.initial_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
-        weight.copy_(weight.float() - self.scale * self.lora_B @ self.lora_A)  # a view of the base layer's own
+        weight.copy_(weight.float() - self.delta())  # in place: for Conv1D a view of the base layer's own
 
     def delta(self) -> Tensor:
-        """`scale * B A` in fp32, `(out_features, in_features)`."""
-        return self.scale * self.lora_B.float() @ self.lora_A.float()
+        """`scale * B A` in fp32 (under autocast too), `(out_features, in_features)`."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.scale * self.lora_B.float() @ self.lora_A.float()
 
     @torch.no_grad()
     def weight_norm(self) -> Tensor:
@@ -150,12 +154,13 @@ class LoRALinear(Adapter):
         hidden = F.linear(x.to(y.dtype), A).reshape(-1, self.r)
         if self.lora_magnitude_vector is None or not self.enabled:
             return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, B.T, alpha=self.scale).view(y.shape)
-        factor = (self.lora_magnitude_vector / self.weight_norm()).to(y.dtype)
+        # Lengths change by less than bf16 resolves, so they multiply in fp32.
+        factor = self.lora_magnitude_vector / self.weight_norm()
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        if bias is not None:
-            y = y - bias
-        y = factor * torch.addmm(y.reshape(-1, y.shape[-1]), hidden, B.T, alpha=self.scale).view(y.shape)
-        return y if bias is None else y + bias
+        directions = y if bias is None else y - bias
+        directions = torch.addmm(directions.reshape(-1, y.shape[-1]), hidden, B.T, alpha=self.scale).view(y.shape)
+        scaled = factor * directions
+        return (scaled if bias is None else scaled + bias).to(y.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -217,7 +222,9 @@ class LoRAExperts(Adapter):
     def merged(self) -> nn.Module:
         """The base layer holding the updated weights, added in fp32 and rounded once."""
         for name in self.lora_A:
-            self.base_layer.get_parameter(name).copy_(self.updated(name, torch.float32))
+            weight = self.base_layer.get_parameter(name)
+            with torch.autocast(weight.device.type, enabled=False):
+                weight.copy_(self.updated(name, torch.float32))
         return self.base_layer
 
     def extra_repr(self) -> str:

@@ -87,7 +87,7 @@ class LoRA(Tuner):
         from transformers import PreTrainedModel
 
         from litft.tuners import targets
-        from litft.tuners.layers import Adapter
+        from litft.tuners.layers import Adapter, LoRAExperts, LoRALinear, TrainableRows, TrainedCopy
 
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"a tuner is applied to the transformers model itself, not to a {type(model).__name__}")
@@ -97,18 +97,35 @@ class LoRA(Tuner):
         linears = targets.find_targets(model, self.targets) if self.targets else []
         experts = targets.find_parameters(model, self.target_parameters) if self.target_parameters else {}
         saved = self._modules_to_save(model)
+        with_rows = self._modules_with_rows(model, saved)
         linears = [name for name in linears if not any(_inside(name, whole) for whole in saved)]
         if not linears and not experts:
             raise UserError("no module to adapt was found: name some with targets")
-        adapted = {f"{owner}.{leaf}" for owner, leaves in experts.items() for leaf in leaves}
+        adapted = [f"{owner}.{leaf}" for owner, leaves in experts.items() for leaf in leaves]
         left = {name: size for name, size in targets.stacked_weights(model).items() if name not in adapted}
 
         model.requires_grad_(False)
-        self._wrap(model, linears, experts, saved)
+        for name in linears:
+            layer = model.get_submodule(name)
+            adapter = LoRALinear(layer, self.rank_of(name), self.scale_of(name), self.dropout, self.dora, self.init)
+            replace(model, name, adapter)
+        for name, leaves in experts.items():
+            ranks = {leaf: self.rank_of(f"{name}.{leaf}") for leaf in leaves}
+            scales = {leaf: self.scale_of(f"{name}.{leaf}") for leaf in leaves}
+            replace(model, name, LoRAExperts(model.get_submodule(name), ranks, scales, self.init))
+        for name in saved:
+            replace(model, name, TrainedCopy(model.get_submodule(name)))
+        tied, shared = targets.is_tied(model), None
+        for name in with_rows:
+            rows = TrainableRows(model.get_submodule(name), self.trainable_rows, shared)
+            replace(model, name, rows)
+            shared = rows.trainable_tokens_delta if tied else None
+
         applied = Applied(
             trainable=sum(param.numel() for _, param in trainable_parameters(model)),
             total=total,
-            matched=linears + sorted(adapted),
+            matched=linears + adapted,
+            whole=saved + [f"{len(self.trainable_rows)} rows of {name}" for name in with_rows],
             skipped=targets.summarise(left),
         )
         logger.info("%s: %s", self.name, applied)
@@ -119,48 +136,31 @@ class LoRA(Tuner):
         from litft.tuners import targets
 
         wanted = self.modules_to_save + targets.new_heads(model)
-        names = [name for name, _ in model.named_modules() if any(targets.has_ending(name, want) for want in wanted)]
+        names: list[str] = []
+        for name, _ in model.named_modules():
+            if any(targets.has_ending(name, want) for want in wanted) and not any(_inside(name, n) for n in names):
+                names.append(name)
         for want in self.modules_to_save:
             if not any(targets.has_ending(name, want) for name in names):
                 raise UserError(f"modules_to_save: no module is called {want!r}")
         return names
 
-    def _wrap(
-        self, model: PreTrainedModel, linears: list[str], experts: dict[str, list[str]], saved: list[str]
-    ) -> None:
-        from litft.tuners import targets
-        from litft.tuners.layers import LoRAExperts, LoRALinear, TrainableRows, TrainedCopy
-
-        tied = targets.is_tied(model)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        for name in linears:
-            layer = model.get_submodule(name)
-            r = self.rank_of(name)
-            replace(model, name, LoRALinear(layer, r, self.scale_of(name), self.dropout, self.dora, self.init))
-        for name, leaves in experts.items():
-            ranks = {leaf: self.rank_of(f"{name}.{leaf}") for leaf in leaves}
-            scales = {leaf: self.scale_of(f"{name}.{leaf}") for leaf in leaves}
-            replace(model, name, LoRAExperts(model.get_submodule(name), ranks, scales, self.init))
-        for name in saved:
-            replace(model, name, TrainedCopy(model.get_submodule(name)))
-        if self.trainable_rows:
-            names = {id(module): name for name, module in model.named_modules()}
-            self._check_rows(embedding, names, saved)
-            rows = TrainableRows(embedding, self.trainable_rows)
-            replace(model, names[id(embedding)], rows)
-            if head is not None:
-                shared = rows.trainable_tokens_delta if tied else None
-                replace(model, names[id(head)], TrainableRows(head, self.trainable_rows, shared))
-
-    def _check_rows(self, embedding: nn.Module, names: dict[int, str], saved: list[str]) -> None:
+    def _modules_with_rows(self, model: PreTrainedModel, saved: list[str]) -> list[str]:
+        """Names of the embedding and then the head, if some of their rows learn."""
+        if not self.trainable_rows:
+            return []
+        embedding = model.get_input_embeddings()
         size = embedding.weight.shape[0]  # type: ignore[index]
-        if max(self.trainable_rows) >= size or min(self.trainable_rows) < 0:
+        if min(self.trainable_rows) < 0 or max(self.trainable_rows) >= size:
             raise UserError(
                 f"trainable_rows: token {max(self.trainable_rows)} has no row, the model's vocabulary has {size}\n"
                 "resize it first: model.resize_token_embeddings(len(tokenizer))"
             )
-        if names.get(id(embedding)) is None or any(name.endswith("lm_head") for name in saved):
-            raise UserError("trainable_rows and modules_to_save both name an embedding or head: use one of them")
+        names = {id(module): name for name, module in model.named_modules()}
+        found = [names[id(module)] for module in (embedding, model.get_output_embeddings()) if module is not None]
+        if clash := set(found) & set(saved):
+            raise UserError(f"{clash.pop()} learns as a whole (modules_to_save): leave trainable_rows out")
+        return found
 
     def rank_of(self, name: str) -> int:
         """The rank of the update of the module or parameter called `name`."""
@@ -176,7 +176,7 @@ class LoRA(Tuner):
         return self.lora_plus_ratio if self.lora_plus_ratio and "lora_B" in name.split(".") else 1.0
 
     @contextmanager
-    def disabled(self, model: PreTrainedModel) -> Iterator[None]:
+    def disabled(self, model: nn.Module) -> Iterator[None]:
         """Inside the context the model answers as before training; restored on exit, exceptions included."""
         from litft.tuners.layers import Adapter
 

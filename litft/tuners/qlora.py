@@ -19,7 +19,7 @@ class QLoRA(LoRA):
     those of the 16-bit weight and what is left of it is quantised; the saved adapter fits the 16-bit model.
 
     Args:
-        quant: nf4 (4-bit, blocks of 64, double quantisation) or int8.
+        quant: nf4 (bitsandbytes: 4-bit, blocks of 64, double quantisation) or int8 (a scale a row).
         lora: the arguments of `LoRA`.
     """
 
@@ -39,7 +39,8 @@ class QLoRA(LoRA):
         from litft.tuners.layers import Adapter, LoRALinear
         from litft.tuners.quant import bitsandbytes, is_quantised, quantise
 
-        bitsandbytes()  # before anything is touched
+        if self.quant == "nf4":
+            bitsandbytes()  # missing? say so before anything is touched
         applied = super().apply(model)
         modules, outside = dict(model.named_modules()), targets.heads(model)
         kept = {name for name, module in modules.items() if isinstance(module, Adapter)}

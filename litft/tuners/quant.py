@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -34,33 +36,78 @@ def quantise(layer: nn.Module, quant: Quant) -> nn.Module:
 
     Args:
         layer: an `nn.Linear` or GPT-2 `Conv1D` with floating-point weights.
-        quant: `nf4`: 4-bit NormalFloat in blocks of 64 with double quantisation of the scales (Dettmers et al. 2023,
-            arXiv:2305.14314), about 0.52 bytes a weight. `int8`: LLM.int8() (arXiv:2208.07339), 1 byte a weight.
+        quant: `nf4`: bitsandbytes' 4-bit NormalFloat in blocks of 64 with double quantisation of the scales (Dettmers
+            et al. 2023, arXiv:2305.14314), about 0.52 bytes a weight. `int8`: see `Int8Linear`, 1 byte a weight.
 
     Returns:
-        A `bitsandbytes` linear layer, always in `nn.Linear`'s orientation. It computes in its input's dtype.
+        A linear layer, always in `nn.Linear`'s orientation, that answers in its input's dtype.
     """
-    bnb = bitsandbytes()
     weight = weight_matrix(layer).detach().contiguous()
     out_features, in_features = weight.shape
     bias = getattr(layer, "bias", None)
     new: Any
     if quant == "nf4":
-        new = bnb.nn.Linear4bit(in_features, out_features, bias=False, quant_type="nf4", device="meta")
+        bnb = bitsandbytes()
+        new = bnb.nn.Linear4bit(
+            in_features, out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+        )
         new.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics=True, module=new
         ).to(weight.device)
-        # Without this it repacks the weight in place at the first inference on some CPUs, and can't be read any more.
+        # Otherwise, on some CPUs, the first inference repacks the weight in place and it can't be dequantised any more.
         new.support_avx512bf16_for_cpu = False
     else:
-        new = bnb.nn.Linear8bitLt(
-            in_features, out_features, bias=False, has_fp16_weights=False, threshold=6.0, device="meta"
-        )
-        # Int8Params quantises on a move away from the CPU's floating-point copy only.
-        new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        new = Int8Linear(weight)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return new.train(layer.training)
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer with int8 weights and one fp32 scale an output row (absmax / 127).
+
+    Only the weights are rounded, and they are expanded for each product, in the forward and again in the backward
+    pass. bitsandbytes' `Linear8bitLt` rounds activations as well, but not in training on a CPU: a model would then be
+    trained and used as two different functions.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.weight = nn.Parameter((weight.float() / scale).round().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in_features)` to `(..., out_features)`."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        y = _Int8Product.apply(x, self.weight, self.scale)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _Int8Product(torch.autograd.Function):
+    """`x W^T` that keeps the int8 weight for the backward pass, not its expansion."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, _expand(weight, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return grads[0] @ _expand(weight, scale, grads[0].dtype), None, None
+
+
+def _expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight * scale).to(dtype)
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -79,11 +126,12 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     quant_state = getattr(weight, "quant_state", None)
     if quant_state is not None:
         return bitsandbytes().functional.dequantize_4bit(weight.data, quant_state)
-    scale: Any = getattr(weight, "SCB", None)
-    if scale is None:  # moved there by the layer's first forward
-        state: Any = layer.state
-        scale = state.SCB
-    return weight.data.float() * (scale.float() / 127).unsqueeze(1).to(weight.device)
+    if isinstance(layer, Int8Linear):
+        return _expand(weight, layer.scale, torch.float32)
+    raise UserError(
+        f"the weights of a quantised {type(layer).__name__} can't be read back\n"
+        "load the model in 16 bits and let the qlora tuner quantise it"
+    )
 
 
 def storage_bytes(model: nn.Module) -> int:
@@ -96,6 +144,4 @@ def storage_bytes(model: nn.Module) -> int:
             inner = state.state2
             scales = [state.absmax] + ([inner.absmax] if inner is not None else [])
             total += sum(scale.numel() * scale.element_size() for scale in scales)
-        elif getattr(param, "SCB", None) is not None:
-            total += param.SCB.numel() * param.SCB.element_size()  # type: ignore[attr-defined]
     return total

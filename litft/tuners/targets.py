@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from litft.errors import UserError
+from litft.tuners.quant import Int8Linear
 
 _ROUTER_CLASS = re.compile(r"Router|Gating|TopkGate|TopKGate", re.IGNORECASE)
 _ROUTER_NAMES = {"router", "gate", "shared_expert_gate", "gating", "wg"}
@@ -18,7 +19,7 @@ _ROUTER_NAMES = {"router", "gate", "shared_expert_gate", "gating", "wg"}
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a low-rank update fits around the module: `nn.Linear` (quantised ones too) and GPT-2's `Conv1D`."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D, Int8Linear))
 
 
 def find_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
