@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from litft.data.conversation import Conversation
 from litft.errors import DataError, UserError
@@ -112,27 +112,36 @@ def generate_file(
         UserError: `out` cannot be written or is the data file, or an option is out of range.
     """
     out = Path(out)
-    if out.exists() and os.path.exists(data_file) and out.samefile(data_file):
+    if out.resolve() == Path(data_file).resolve():
         raise UserError(f"--out {out}: is the data file itself; name another")
     asked, skipped = _questions(bundle, data_file, bad_rows)
-    new = out.with_name(f".{out.name}.part")
     window = 32 * batch_size  # answered in order of length inside, written in the order of the rows
+    with _new_file(out) as file:
+        for start in range(0, len(asked), window):
+            rows = asked[start : start + window]
+            report = None if progress is None else _shifted(progress, start, len(asked))
+            answers = generate(bundle, rows, batch_size=batch_size, progress=report, **options)
+            for row, answer in zip(rows, answers, strict=True):
+                file.write(json.dumps(_answered(row, answer), ensure_ascii=False) + "\n")
+    return skipped
+
+
+@contextlib.contextmanager
+def _new_file(out: Path) -> Iterator[TextIO]:
+    """A file that appears as `out` when the block ends well, and not at all otherwise."""
+    part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("w", encoding="utf-8", newline="\n") as file:
-            for start in range(0, len(asked), window):
-                rows = asked[start : start + window]
-                report = None if progress is None else _shifted(progress, start, len(asked))
-                for row, answer in zip(
-                    rows, generate(bundle, rows, batch_size=batch_size, progress=report, **options), strict=True
-                ):
-                    file.write(json.dumps(_answered(row, answer), ensure_ascii=False) + "\n")
-        os.replace(new, out)
+        file = part.open("w", encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
-    finally:
-        new.unlink(missing_ok=True)
-    return skipped
+    try:
+        with file:
+            yield file
+        os.replace(part, out)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _questions(bundle: ChatModel, data_file: str, bad_rows: str) -> tuple[list[Conversation], int]:
@@ -250,8 +259,10 @@ def room(bundle: ChatModel, prompt_tokens: int, max_new_tokens: int, what: str) 
     """How many tokens the answer may have: `max_new_tokens`, or fewer where the model's context ends before.
 
     Raises:
-        UserError: nothing is left.
+        UserError: nothing is left, or there is nothing to continue.
     """
+    if prompt_tokens == 0:
+        raise UserError(f"{what} is empty")
     limit = bundle.context_length or prompt_tokens + max_new_tokens
     if prompt_tokens >= limit:
         raise UserError(f"{what} has {prompt_tokens:,} tokens, and the model takes {limit:,} together with the answer")
