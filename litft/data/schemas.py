@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from litft.data.jsontext import nearest
+from litft.data.jsontext import nearest, snippet
 from litft.data.messages import is_message
 
 REQUIRED = {
+    "preference": ("chosen", "rejected"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
-    "preference": ("chosen", "rejected"),
 }
-"""The keys that tell a form, in the order in which they are tried (preference and kto come before all)."""
+"""The keys that tell a form, in the order in which they are tried."""
 
 METHODS = {"preference": "dpo", "kto": "kto"}
 """Forms that are not for plain fine-tuning, and a method that they are for."""
 
 _USUAL = {
-    "question": "prompt",
-    "query": "prompt",
-    "input": "prompt",
-    "answer": "completion",
-    "response": "completion",
-    "target": "completion",
-    "context": "text",
-    "document": "text",
-    "chat": "messages",
-    "dialog": "messages",
-    "dialogue": "messages",
-    "conversation": "conversations",
+    "prompt": ("question", "query", "input", "user"),
+    "instruction": ("task",),
+    "completion": ("answer", "response", "output", "target", "assistant"),
+    "output": ("answer", "response", "target"),
+    "text": ("content", "document", "body"),
+    "messages": ("chat", "dialog", "dialogue", "turns"),
+    "conversations": ("conversation",),
 }
 """What other data sets call the same thing: for hints only, nothing is read by these names."""
 
@@ -50,10 +45,8 @@ def schema_of(value: Any) -> str:
     if not isinstance(value, dict):
         return "unknown"
     keys = {key for key, item in value.items() if item is not None}
-    if keys >= {"chosen", "rejected"}:
-        return "preference"
     chat = keys & {"messages", "conversations"} or keys >= {"prompt", "completion"}
-    if chat and _is_label(value.get("label")):
+    if chat and _is_label(value.get("label")) and not keys >= {"chosen", "rejected"}:
         return "kto"
     return next((name for name, required in REQUIRED.items() if keys.issuperset(required)), "unknown")
 
@@ -65,12 +58,20 @@ def _is_label(value: Any) -> bool:
 
 def nearest_schema(keys: list[str]) -> str:
     """A hint for a row of unknown form: the form nearest to it, and which keys are missing or misspelt."""
-    meant = {key: _USUAL.get(key.lower()) or nearest(key, sum(REQUIRED.values(), ())) for key in keys[:50]}
-    found = set(meant.values())
-    name = max(REQUIRED, key=lambda name: len(found & set(REQUIRED[name])) / len(REQUIRED[name]))
-    required = REQUIRED[name]
-    renamed = [f"{key} -> {meant[key]}" for key in meant if meant[key] in required and key != meant[key]]
-    missing = [key for key in required if key not in found]
-    hints = [f"rename {', '.join(renamed)}"] if renamed else []
+    lower = {key.lower(): key for key in keys[:50]}
+
+    def found(wanted: str) -> str | None:
+        """The key that stands for a wanted one: itself, another usual name, or a misspelt one."""
+        names = [name for name in (wanted, *_USUAL.get(wanted, ())) if name in lower]
+        return lower[names[0]] if names else nearest(wanted, lower.values())
+
+    def score(name: str) -> float:
+        return sum(1.0 if key in keys else 0.5 if found(key) else 0.0 for key in REQUIRED[name]) / len(REQUIRED[name])
+
+    name = max(REQUIRED, key=score) if any(map(score, REQUIRED)) else "messages"
+    pairs = {key: found(key) for key in REQUIRED[name]}
+    renamed = [f"{key} -> {wanted}" for wanted, key in pairs.items() if key and key != wanted]
+    missing = [wanted for wanted, key in pairs.items() if not key]
+    hints = [f"rename {snippet(', '.join(renamed))}"] if renamed else []
     hints += [f"add {', '.join(missing)}"] if missing else []
-    return f"nearest is {name} ({', '.join(required)}): {' and '.join(hints) or 'fill what is null'}"
+    return f"nearest is {name} ({', '.join(REQUIRED[name])}): {' and '.join(hints) or 'fill what is null'}"
