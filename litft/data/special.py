@@ -46,14 +46,15 @@ class ChatTokenizer:
             literal: ranges, in order, in which nothing is a control token.
 
         Returns:
-            ids, and for each the half-open character range (begin, end) in `text`. Ranges cover leading whitespace too,
-            also where the tokenizer reports trimmed offsets.
+            ids, and for each the half-open character range (begin, end) in `text`, in order. Some tokenizers leave
+            blanks out of these ranges; the ends before blanks can't be told then, the beginnings after them neither.
         """
         ids, offsets = self._encode(self.tokenizer, text)
-        forged = self._forged(ids, offsets, literal)
-        if any(forged):
-            ids, offsets = self._encode_escaped(text, ids, offsets, forged)
-        return ids, _untrimmed(offsets)
+        control = [k for k, token in enumerate(ids) if token in self.special_ids]
+        true = _outside(control, offsets, literal)
+        if len(true) < len(control):
+            ids, offsets = self._encode_escaped(text, ids, offsets, true)
+        return ids, offsets
 
     def spells_special(self, text: str) -> bool:
         """Whether `text` contains the text of a special token."""
@@ -66,41 +67,26 @@ class ChatTokenizer:
         )
         return encoding["input_ids"], encoding["offset_mapping"]
 
-    def _forged(self, ids: list[int], offsets: list[Span], literal: Sequence[Span]) -> list[bool]:
-        """Which tokens are control tokens that touch literal text."""
-        forged = [False] * len(ids)
-        if not literal:
-            return forged
-        at = 0
-        for k, (token, (begin, end)) in enumerate(zip(ids, offsets, strict=True)):
-            if token in self.special_ids:
-                while at < len(literal) and literal[at][1] <= begin:
-                    at += 1
-                forged[k] = at < len(literal) and literal[at][0] < end
-        return forged
-
     def _encode_escaped(
-        self, text: str, ids: list[int], offsets: list[Span], forged: list[bool]
+        self, text: str, ids: list[int], offsets: list[Span], true: Sequence[int]
     ) -> tuple[list[int], list[Span]]:
-        """Tokenise again, with the true control tokens written as aliases and the others as plain text."""
+        """Tokenise again, with the true control tokens (indices into ids) as aliases and all others as plain text."""
         tokenizer = self._escaped or self._make_escaped()
         pieces: list[str] = []
         shifts: list[tuple[int, int]] = []  # (where an alias ends in the new text, new minus old length so far)
         done = shift = length = 0
-        for token, (begin, end), fake in zip(ids, offsets, forged, strict=True):
-            if token not in self.special_ids or fake:
-                continue
-            alias = self._alias_of[token]
+        for k in true:
+            token, alias = self.tokenizer.convert_ids_to_tokens(ids[k]), self._alias_of[ids[k]]
             # A token that takes the blanks beside it covers more than its own letters: replace just these.
-            begin += text[begin:end].find(self.tokenizer.convert_ids_to_tokens(token))
-            end = begin + len(self.tokenizer.convert_ids_to_tokens(token))
+            begin, end = offsets[k]
+            if (at := text.find(token, begin, end)) >= 0:
+                begin, end = at, at + len(token)
             pieces += (text[done:begin], alias)
-            length += begin - done + len(alias)
+            done = end
+            length += len(pieces[-2]) + len(alias)
             shift += len(alias) - (end - begin)
             shifts.append((length, shift))
-            done = end
-        pieces.append(text[done:])
-        new_ids, new_offsets = self._encode(tokenizer, "".join(pieces), split_special_tokens=True)
+        new_ids, new_offsets = self._encode(tokenizer, "".join([*pieces, text[done:]]), split_special_tokens=True)
         at, before, result = 0, 0, []
         for begin, end in new_offsets:
             while at < len(shifts) and shifts[at][0] <= begin:
@@ -136,10 +122,13 @@ class ChatTokenizer:
         return escaped
 
 
-def _untrimmed(offsets: list[Span]) -> list[Span]:
-    """Let every token begin where the one before it ended, for tokenizers that leave blanks out of their offsets."""
-    covered, result = 0, []
-    for begin, end in offsets:
-        result.append((min(begin, covered), end))
-        covered = max(covered, end)
-    return result
+def _outside(tokens: Sequence[int], offsets: Sequence[Span], literal: Sequence[Span]) -> list[int]:
+    """Those of the tokens (indices, in order) that touch none of the literal ranges (in order)."""
+    outside, at = [], 0
+    for k in tokens:
+        begin, end = offsets[k]
+        while at < len(literal) and literal[at][1] <= begin:
+            at += 1
+        if at == len(literal) or literal[at][0] >= end:
+            outside.append(k)
+    return outside

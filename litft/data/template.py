@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -213,7 +214,17 @@ class ChatEncoder:
 
     def _literal(self, layout: Layout, messages: Sequence[Message]) -> list[Span]:
         """Where nothing is a control token, because somebody else than the template wrote it."""
-        return [] if self.allow_special_tokens else layout.texts(messages)
+        if self.allow_special_tokens:
+            return []
+        if self._spells_special(messages):
+            marks = {(i, kind) for _, i, kind in layout.marks}
+            for i, message in enumerate(messages):
+                if not {(i, "c"), (i, "d")} <= marks and self._spells_special([message]):
+                    raise MaskError(
+                        f"message {i + 1} spells a special token, and the chat template rewrites its text",
+                        "remove the token's text, or use data.allow_special_tokens: true",
+                    )
+        return layout.texts(messages)
 
     def _marks_answers(self, tools: list | None) -> bool:
         """Whether the template says itself, with {% generation %}, what the model produces."""
@@ -281,20 +292,24 @@ def _check_complete(layout: Layout, messages: Sequence[Message], tools: list | N
                 f"the chat template does not render the content of message {i + 1} ({role}){beside}",
                 "use a template that does, or remove the message's content",
             )
-        if calls and layout.arguments:
-            strings = sum(_count_strings(call["function"]["arguments"]) for call in calls)
-            if marks[i, "a"] < strings:
-                raise MaskError(f"the chat template does not render all tool_calls of message {i + 1}")
+        for call in calls or ():
+            keys, strings = _leaves(call["function"]["arguments"])
+            if any(end in key for key in (call["function"]["name"], *keys) for end in scaffold.ends):
+                raise MaskError(f"a function or argument name in message {i + 1} contains an end-of-turn token")
+            marks[i, "a"] -= sum(1 for text in strings if text.strip())
+        if layout.arguments and marks[i, "a"] < 0:
+            raise MaskError(f"the chat template does not render all tool_calls of message {i + 1}")
 
 
-def _count_strings(value: Any) -> int:
+def _leaves(value: Any) -> tuple[list[str], list[str]]:
+    """The keys and the strings in a nested value."""
     if isinstance(value, str):
-        return bool(value.strip())
-    return (
-        sum(map(_count_strings, value.values() if isinstance(value, dict) else value))
-        if isinstance(value, (dict, list))
-        else 0
-    )
+        return [], [value]
+    keys, strings = (list(value), []) if isinstance(value, dict) else ([], [])
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        more = _leaves(item)
+        keys, strings = keys + more[0], strings + more[1]
+    return keys, strings
 
 
 def _check_calls(text: str, answer: Answer, message: Message) -> None:
@@ -351,14 +366,12 @@ def _within(answers: Sequence[Answer], native: Sequence[Span]) -> list[Span]:
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens hold a character of one of the spans (both in order)."""
-    trained, at = [False] * len(offsets), 0
-    for k, (begin, end) in enumerate(offsets):
-        while at < len(spans) and spans[at][1] <= begin:
-            at += 1
-        if at == len(spans):
-            break
-        trained[k] = end > spans[at][0] and begin < spans[at][1]
+    """Which tokens (by their character ranges, in order) hold a character of one of the spans."""
+    trained = [False] * len(offsets)
+    begins, ends = zip(*offsets, strict=True) if offsets else ((), ())
+    for begin, end in spans:
+        first, stop = bisect_right(ends, begin), bisect_left(begins, end)
+        trained[first:stop] = [True] * (stop - first)
     return trained
 
 
