@@ -14,9 +14,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """The alias, and what `--model` is when nobody says."""
@@ -111,14 +114,12 @@ def _check(file: Any, expected: str, name: str) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF file as safetensors, tokenizer, chat template and generation config."""
     import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from litft.models.quiet import quiet
 
     with quiet():
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         config = packed.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it says GGUF, which what is saved below is not
@@ -128,20 +129,51 @@ def _convert(gguf: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(packed.state_dict(), assign=True)
         model.tie_weights()
+        tokenizer = _tokenizer(gguf)
+        tokenizer.model_max_length = config.max_position_embeddings
         # The end of a turn, <|im_end|>, is the stop token, and also the padding, as in SmolLM2's release.
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        # A GGUF file only names its pre-tokenizer ("smollm") and transformers takes it for GPT-2's: give back the first
-        # half, each digit alone, without which blanks before a number are cut otherwise than in pre-training.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        tokenizer.model_max_length = config.max_position_embeddings
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer, built from the GGUF file's tables.
+
+    Not read by transformers, whose reader takes the pre-tokenizer "smollm" for GPT-2's (blanks before a number are then
+    cut otherwise than in pre-training) and in 5.17 the start of a turn for its end.
+    """
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(gguf).fields
+
+    def read(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents()
+
+    tokens, kinds = read("ggml.tokens"), read("ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in read("ggml.merges")]
+    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[read("ggml.bos_token_id")],
+        eos_token=tokens[read("ggml.eos_token_id")],
+        unk_token=tokens[read("ggml.unknown_token_id")],
+        pad_token=tokens[read("ggml.padding_token_id")],
+        clean_up_tokenization_spaces=False,
+        chat_template=read("chat_template"),
+    )
 
 
 def _move_into_place(made: Path, folder: Path) -> None:
