@@ -88,13 +88,15 @@ def find_files(source: str) -> list[str]:
         if _suffix(path) is None:
             raise UserError(f"--data {source}: unknown file type; use one of {types}")
         return [path]
-    if _suffix(path) is None and hub.is_id(source):
-        return []
     folder, name = os.path.split(path)
+    is_id = _suffix(path) is None and hub.is_id(source)
+    if is_id and (not os.path.isdir(folder) or re.search(r"[@:\[]", source)):
+        return []
     if folder and not os.path.isdir(folder):
         raise UserError(f"--data {source}: no such file or folder: there is no folder {folder}")
     close = nearest(name, os.listdir(folder or "."))
     mend = f"; did you mean {os.path.join(folder, close)}?" if close else ""
+    mend += f"\nfor the data set of that name on the hub, write {source}:train" if is_id else ""
     raise UserError(f"--data {source}: no such file or folder{mend}")
 
 

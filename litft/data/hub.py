@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from litft.data.jsontext import snippet
 from litft.errors import UserError
@@ -65,26 +65,33 @@ def read_hub(source: str, *, revision: str | None = None) -> Iterator[Row]:
     return _rows(table, source)
 
 
-def _rows(table: object, source: str) -> Iterator[Row]:
+def _rows(table: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:
     from litft.data.files import Row, without_filled_nulls
 
-    for number, value in enumerate(table, start=1):  # type: ignore[var-annotated, arg-type]
-        yield Row(source, number, without_filled_nulls(value))
+    try:
+        for number, value in enumerate(table, start=1):
+            yield Row(source, number, without_filled_nulls(value))
+    except Exception as exc:  # a column that wants a package to be decoded, a damaged cache
+        raise UserError(f"--data {source}: cannot be read: {snippet(str(exc))}") from exc
 
 
 def _explain(exc: Exception, name: str) -> str:
     """What went wrong at the hub and how to mend it."""
     text = " ".join(f"{type(exc).__name__}: {exc}".split())
     cause = " ".join(f"{type(e).__name__}: {e}" for e in (exc, exc.__cause__, exc.__context__) if e)
-    if "gated" in cause.lower() or "401" in cause or "403" in cause:
+    if "gated" in cause.lower():
         return (
-            "this data set is gated or private\n"
+            "this data set is gated\n"
             f"accept its terms on https://huggingface.co/datasets/{name}, then log in: `hf auth login`, or set HF_TOKEN"
         )
     if "OfflineMode" in cause:
         return (
             "no such file or folder; and not in the cache, while HF_HUB_OFFLINE=1 forbids to fetch it: unset that once"
         )
+    if isinstance(exc, ConnectionError) or "Connect" in cause or "Timeout" in cause:
+        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        mend = "HF_ENDPOINT may name a mirror, HF_HUB_OFFLINE=1 keeps to the cache"
+        return f"no such file or folder; and {where} cannot be reached\n{mend}"
     if "Revision" in text and "exist" in text:
         return f"no such revision\n{snippet(text)}"
     if "NotFound" in text or "doesn't exist" in text:
@@ -95,13 +102,9 @@ def _explain(exc: Exception, name: str) -> str:
         return f"no such split; write {name}:SPLIT\n{_listed(text)}"
     if "Generation" in text or "Cast" in text:
         return (
-            "its rows do not fit into one table\n"
+            "its rows are broken or do not fit into one table\n"
             f"download its files (`hf download {name} --repo-type dataset --local-dir DIR`) and give --data DIR"
         )
-    if isinstance(exc, ConnectionError) or "Connect" in cause or "Timeout" in cause:
-        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        mend = "HF_ENDPOINT may name a mirror, HF_HUB_OFFLINE=1 keeps to the cache"
-        return f"no such file or folder; and {where} cannot be reached\n{mend}"
     return f"cannot be loaded: {snippet(text)}"
 
 
