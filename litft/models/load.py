@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from litft.errors import UserError
 from litft.models.quiet import quiet
-from litft.models.resolve import ModelSource
+from litft.models.resolve import ModelSource, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,12 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            settings = folder / "tokenizer_config.json"
+            if not trust_remote_code and settings.is_file() and "auto_map" in read_json(settings):
+                raise UserError(
+                    f"the tokenizer in {folder} brings its own Python code, which would run on this machine\n"
+                    "read it; if you trust it, pass --model.trust_remote_code true"
+                ) from error
             raise UserError(
                 f"cannot read a tokenizer from {folder}:\n    {_first_line(error)}\n"
                 "it needs tokenizer.json and tokenizer_config.json (or the files of a sentencepiece tokenizer)"
@@ -167,8 +173,9 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
 def fingerprint(source: ModelSource) -> str:
     """What identifies a model's weights, for cache keys and to check a resumed run; cheap, whatever its size.
 
-    A hash over config.json and, of each safetensors file (an adapter's too), the size, the header (names, dtypes,
-    shapes) and 1 KiB out of the middle of every tensor. Not over paths or times: a copy elsewhere is the same model.
+    A hash over the configuration and, of each safetensors file (an adapter's too), the size, the header (names, dtypes,
+    shapes) and 1 KiB out of the middle of every tensor. Not over paths, times or the version of transformers that wrote
+    it: a copy elsewhere is the same model.
 
     Returns:
         64 hexadecimal digits.
@@ -177,7 +184,10 @@ def fingerprint(source: ModelSource) -> str:
     for folder, config in ((source.folder, "config.json"), (source.adapter, "adapter_config.json")):
         if folder is None:
             continue
-        digest.update((folder / config).read_bytes())
+        settings = read_json(folder / config)
+        for noted in ("transformers_version", "peft_version", "_name_or_path", "base_model_name_or_path"):
+            settings.pop(noted, None)
+        digest.update(json.dumps(settings, sort_keys=True).encode())
         for path in sorted(folder.glob("*.safetensors")):
             digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:

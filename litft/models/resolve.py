@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from litft.errors import UserError
 from litft.models.alias import DEFAULT_MODEL, default_model
 
+_log = logging.getLogger(__name__)
+
+_SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TO_SAFETENSORS = (
@@ -109,6 +113,8 @@ def _from_folder(name: str, folder: Path, *, weights: bool, offline: bool, trust
     check_architecture(folder, trust_remote_code=trust_remote_code)
     if weights:
         _check_weights(folder)
+    if cached := _SNAPSHOT.search(str(folder)):
+        return ModelSource(name, folder, hub_id=f"{cached[1]}/{cached[2]}", revision=cached[3])
     return ModelSource(name, folder)
 
 
@@ -151,8 +157,9 @@ def _from_adapter(name: str, adapter: Path, **options: Any) -> ModelSource:
     try:
         source = _resolve_base(base, revision, adapter, **options)
     except UserError as error:
+        why = "\n".join(str(error).splitlines()[:3])
         raise UserError(
-            f"the adapter {adapter} needs its base model {base}:\n{error}\n"
+            f"the adapter {adapter} needs its base model {base}:\n{why}\n"
             "or set base_model_name_or_path in adapter_config.json to where it is"
         ) from error
     if source.adapter is not None:
@@ -169,7 +176,7 @@ def _resolve_base(base: str, revision: str | None, adapter: Path, **options: Any
         return resolve(adapter / folder, **options)
     if folder.name == DEFAULT_MODEL:  # somebody else's cache folder of the default model
         return resolve(DEFAULT_MODEL, **options)
-    if cached := re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})", base):
+    if cached := _SNAPSHOT.search(base):  # somebody else's copy of a hub model
         return resolve(f"{cached[1]}/{cached[2]}", revision=cached[3], **options)
     return resolve(base, revision=revision, **options)
 
@@ -187,6 +194,7 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None
 
     own_code = config.get("auto_map") or {}
     if own_code and trust_remote_code:
+        _log.warning("running the Python code that %s brings (trust_remote_code)", folder)
         return
     if kind not in CAUSAL and own_code:
         raise UserError(
