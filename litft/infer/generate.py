@@ -112,6 +112,8 @@ def generate_file(
         UserError: `out` cannot be written or is the data file, or an option is out of range.
     """
     out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
     if out.resolve() == Path(data_file).resolve():
         raise UserError(f"--out {out}: is the data file itself; name another")
     asked, skipped = _questions(bundle, data_file, bad_rows)
