@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from litft.data.jsontext import snippet
 from litft.errors import UserError
@@ -77,9 +78,13 @@ def _rows(table: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:
 
 def _explain(exc: Exception, name: str) -> str:
     """What went wrong at the hub and how to mend it."""
-    text = " ".join(f"{type(exc).__name__}: {exc}".split())
-    cause = " ".join(f"{type(e).__name__}: {e}" for e in (exc, exc.__cause__, exc.__context__) if e)
-    if "gated" in cause.lower():
+    text, *more = (
+        f"{type(e).__name__}: {' '.join(str(e).split())}".replace(name, "it")
+        for e in (exc, exc.__cause__, exc.__context__)
+        if e
+    )
+    cause = " ".join([text, *more])
+    if "GatedRepo" in cause or "gated dataset" in cause:
         return (
             "this data set is gated\n"
             f"accept its terms on https://huggingface.co/datasets/{name}, then log in: `hf auth login`, or set HF_TOKEN"
@@ -89,7 +94,7 @@ def _explain(exc: Exception, name: str) -> str:
             "no such file or folder; and not in the cache, while HF_HUB_OFFLINE=1 forbids to fetch it: unset that once"
         )
     if isinstance(exc, ConnectionError) or "Connect" in cause or "Timeout" in cause:
-        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        where = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
         mend = "HF_ENDPOINT may name a mirror, HF_HUB_OFFLINE=1 keeps to the cache"
         return f"no such file or folder; and {where} cannot be reached\n{mend}"
     if "Revision" in text and "exist" in text:

@@ -212,7 +212,7 @@ def array_elements(handle: IO[bytes], line: int = 1, chunk: int = 1 << 20) -> It
                     if rest:
                         what, mend = (
                             f"text after the end of the array (line {line})",
-                            "a row before it has a ] too many",
+                            "a row before it has a ] too many; or if each line is a row, name the file .jsonl",
                         )
                         raise DataError(what, mend=mend, snippet=snippet(rest.decode("utf-8", "replace")))
                     return

@@ -82,7 +82,7 @@ def to_tools(value: Any) -> list[dict[str, Any]] | None:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             mend = 'write {"type": "function", "function": {"name": ..., "parameters": ...}}'
-            raise DataError(f"tool {number} is not the schema of a function", mend=mend, snippet=_shown(tool))
+            raise DataError(f"tool {number} is not the schema of a function", mend=mend, snippet=shown(tool))
         tools.append(_clean(tool if "function" in tool else {"type": "function", "function": tool}, f"tool {number}"))
     return tools
 
@@ -110,7 +110,7 @@ def text_of(value: Any, what: str) -> str:
     if isinstance(value, list):
         return "".join(_part(part, f"part {number} of {what}") for number, part in enumerate(value, start=1))
     if not isinstance(value, str):
-        raise DataError(f"{what} must be a string, not {kind(value)}", mend="write text", snippet=_shown(value))
+        raise DataError(f"{what} must be a string, not {kind(value)}", mend="write text", snippet=shown(value))
     try:
         value.encode()
     except UnicodeEncodeError as exc:
@@ -122,7 +122,7 @@ def text_of(value: Any, what: str) -> str:
 def _message(item: Any, what: str) -> tuple[Message, bool | None]:
     if not isinstance(item, dict):
         mend = 'write {"role": ..., "content": ...}'
-        raise DataError(f"{what} must be an object, not {kind(item)}", mend=mend, snippet=_shown(item))
+        raise DataError(f"{what} must be an object, not {kind(item)}", mend=mend, snippet=shown(item))
     item = {key: value for key, value in item.items() if value is not None or key in ("content", "value")}
     role = _role(item, what)
     what = f"{what} ({role})"
@@ -158,9 +158,9 @@ def _role(item: dict[str, Any], what: str) -> str:
     name = item.get("role", item.get("from"))
     if name is None:
         mend = 'write {"role": ..., "content": ...}'
-        raise DataError(f"{what} has no role", mend=mend, snippet=_shown(item))
+        raise DataError(f"{what} has no role", mend=mend, snippet=shown(item))
     if not isinstance(name, str):
-        raise DataError(f"the role of {what} must be a string, not {kind(name)}", snippet=_shown(item))
+        raise DataError(f"the role of {what} must be a string, not {kind(name)}", snippet=shown(item))
     role = ROLES.get(name.lower())
     if role is None:
         close = nearest(name, ROLES)
@@ -180,11 +180,11 @@ def _part(part: Any, what: str) -> str:
         return text_of(part["text"], what)
     media = next((_MEDIA[key] for key in _MEDIA if key in name or part.get(f"{key}_url")), None)
     if media:
-        raise DataError(f"{media} are not supported yet: {what}", mend="leave such rows out", snippet=_shown(part))
+        raise DataError(f"{media} are not supported yet: {what}", mend="leave such rows out", snippet=shown(part))
     mend = 'write {"type": "text", "text": ...}'
     if name.startswith("tool_"):
         mend = "write calls as tool_calls of the message and results as tool messages"
-    raise DataError(f"{what} is no text", mend=mend, snippet=_shown(part))
+    raise DataError(f"{what} is no text", mend=mend, snippet=shown(part))
 
 
 def _thoughts(content: Any) -> tuple[str, Any]:
@@ -213,7 +213,7 @@ def _train(item: dict[str, Any], what: str) -> bool | None:
             continue
         if not (isinstance(value, bool) or (key == "weight" and value in (0, 1))):
             mend = "write 0 or 1" if key == "weight" else "write true or false"
-            raise DataError(f"{key} of {what} is {_shown(value)}", mend=mend)
+            raise DataError(f"{key} of {what} is {shown(value)}", mend=mend)
         said.add(bool(value))
     if len(said) > 1:
         raise DataError(f"{what} says both to train it and not to", mend=f"keep one of {', '.join(_TRAIN)}")
@@ -236,7 +236,7 @@ def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             mend = 'write {"type": "function", "function": {"name": ..., "arguments": {...}}}'
-            raise DataError(f"tool call {number} of {what} names no function", mend=mend, snippet=_shown(call))
+            raise DataError(f"tool call {number} of {what} names no function", mend=mend, snippet=shown(call))
         known = {"type": "function"}
         if call.get("id") is not None:
             known["id"] = text_of(call["id"], f"the id of tool call {number} of {what}")
@@ -254,7 +254,7 @@ def _arguments(value: Any, what: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         mend = "write an object of arguments by name, or its JSON text"
-        raise DataError(f"{what} must be an object, not {kind(value)}", mend=mend, snippet=_shown(value))
+        raise DataError(f"{what} must be an object, not {kind(value)}", mend=mend, snippet=shown(value))
     return _clean(value, what)
 
 
@@ -287,14 +287,14 @@ def _misspelt(item: dict[str, Any]) -> str:
     return f" (its keys: {snippet(', '.join(map(str, item)))})" if unknown else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value of a row as text for a message, without writing out all of a large one."""
     if isinstance(value, str):
         return snippet(f'"{value[:200]}"')
     if isinstance(value, dict):
-        return snippet("{" + ", ".join(f'"{key}": {_shown(item)}' for key, item in list(value.items())[:5]) + "}")
+        return snippet("{" + ", ".join(f'"{key}": {shown(item)}' for key, item in list(value.items())[:5]) + "}")
     if isinstance(value, list):
-        return snippet("[" + ", ".join(_shown(item) for item in value[:5]) + "]")
+        return snippet("[" + ", ".join(shown(item) for item in value[:5]) + "]")
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return snippet(repr(value)[:200])

@@ -8,7 +8,14 @@
 | prompt-completion | `prompt`, `completion`: strings, or lists of messages, of which the prompt's are not trained |
 | text | `text`: every token is trained |
 
-Any of them may have `system` and, but for text, `tools`. Other keys are ignored.
+All but text may have `system` and `tools`. Other keys are ignored, unless they hold images, audio or video. Lists may
+stand as their JSON text, as tables keep them. In messages:
+
+* roles go by their usual other names too, in upper or lower case: human, gpt, model, developer (system), function and
+  observation (tool), function_call (an assistant message whose text is the call);
+* content is a string, null (empty) or a list of text parts (joined); that of a tool may be an object (its JSON);
+* `reasoning_content`, `thinking` and `reasoning` are one thing, so are `train`, `trainable` and `weight` (0 or 1);
+* the arguments of a tool call become an object; none, null and "" an empty one.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from typing import Any
 from litft.data.conversation import Conversation, Message
 from litft.data.files import Progress, read_rows
 from litft.data.jsontext import kind, snippet
-from litft.data.messages import from_json, is_message, refuse_media, text_of, to_messages, to_tools
+from litft.data.messages import from_json, is_message, refuse_media, shown, text_of, to_messages, to_tools
 from litft.data.schemas import METHODS, nearest_schema, schema_of
 from litft.errors import DataError
 
@@ -89,7 +96,7 @@ def _alpaca(row: dict[str, Any]) -> Turns:
     history = from_json(history, "history") if isinstance(history, str) else history
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError("history must be a list of pairs [question, answer]", snippet=snippet(str(pair)[:200]))
+            raise DataError("history must be a list of pairs [question, answer]", snippet=shown(pair))
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     instruction, text = text_of(row["instruction"], "instruction"), text_of(row.get("input"), "input")
     messages.append({"role": "user", "content": "\n".join(part for part in (instruction, text) if part)})
@@ -149,7 +156,7 @@ def _unknown(value: Any) -> DataError:
             f"a list of messages must hold objects with a role, not {first}", mend='write {"messages": [...]}'
         )
     mend = 'write {"text": ...} around plain text' if isinstance(value, str) else 'write {"messages": [...]}'
-    return DataError(f"a row must be an object, not {kind(value)}", mend=mend, snippet=snippet(str(value)[:200]))
+    return DataError(f"a row must be an object, not {kind(value)}", mend=mend, snippet=shown(value))
 
 
 def conversations(

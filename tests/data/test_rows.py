@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litft.data.conversation import Conversation
+from litft.data.files import read_rows
 from litft.data.rows import check, conversations, schema_of, to_conversation
 from litft.errors import DataError, UserError
 
@@ -199,13 +201,51 @@ def test_text_is_kept_to_the_character():
     assert turns(chat({"role": "user", "content": ""}, ANSWER))[0]["content"] == ""
 
 
+@pytest.fixture(scope="module")
+def render():
+    """A stock template of the field, rendered by transformers."""
+    trl = pytest.importorskip("trl")
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+
+    def rendered(row):
+        conversation = to_conversation(row)
+        [text], _ = render_jinja_template([conversation.messages], conversation.tools, chat_template=template)
+        return text
+
+    return rendered
+
+
+def test_b10_b11_b16_other_spellings_render_alike(render):
+    rows = [chat(USER, {"role": "assistant", "content": None, **call}) for call in CALL_SPELLINGS]
+    value = json.dumps(CALL["function"])
+    rows.append({"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": value}]})
+    rows.append(
+        chat({"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "model", "function_call": CALL})
+    )
+    texts = {render(row) for row in rows}
+    assert len(texts) == 1
+    (text,) = texts
+    assert '{"city": "SF"}' in text
+    assert "None" not in text
+
+
+def test_i2_rendered_arguments_are_those_of_the_row_alone(render, tmp_path):
+    calls = [{"x": 1}, {"city": "SF", "t": "a"}, {"t": "5"}]
+    rows = [chat(USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": a}]}) for a in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for arguments, row in zip(calls, read_rows(str(tmp_path / "a.parquet")), strict=True):
+        assert f'"arguments": {json.dumps(arguments)}' in render(row.value)
+
+
 # ---- bad rows
 
 PARTS = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "x.png"}}]
 BAD = [  # a row, and what is said of it
     (7, "a row must be an object, not a number; write"),
     (None, "a row must be an object, not null; write"),
-    ("hello", 'a row must be an object, not a string; write {"text": ...} around plain text\n    hello'),
+    ("hello", 'a row must be an object, not a string; write {"text": ...} around plain text\n    "hello"'),
     (True, "a row must be an object, not true or false; write"),
     ({}, "the row is empty: {}; leave it out"),
     ([1, 2], "a list of messages must hold objects with a role, not a number"),
