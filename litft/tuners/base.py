@@ -91,6 +91,14 @@ class Tuner(ABC):
         """
         raise UserError(f"{folder}: {self.name} tuning can't go on with an adapter: use lora, or merge it first")
 
+    def continuing(self, folder: str | Path) -> Tuner:
+        """The tuner to `apply` before `load`, so that training goes on with the adapter saved in `folder`.
+
+        Raises:
+            UserError: this tuner has no adapter, or the folder's is not supported.
+        """
+        raise UserError(f"{folder}: {self.name} tuning can't go on with an adapter: use lora, or merge it first")
+
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
         """Inside the context the model answers as before training; restored on exit, exceptions included."""

@@ -70,6 +70,8 @@ class LoRA(Tuner):
                 raise UserError(f"the rank of an adapter is at least 1, {name} is {value}")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout is a probability below 1, not {dropout}")
+        if lora_plus_ratio is not None and lora_plus_ratio <= 0:
+            raise UserError(f"lora_plus_ratio is a positive factor on the learning rate, not {lora_plus_ratio}")
         if dora and init == "pissa":
             raise UserError("dora and init: pissa do not go together: such an adapter can't be saved; use one of them")
         if self.target_parameters and (dropout or dora or init == "pissa"):
@@ -202,7 +204,7 @@ class LoRA(Tuner):
         from litft.tuners.quant import is_quantised
 
         adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, Adapter)]
-        if any(is_quantised(module.base_layer) for _, module in adapters):
+        if any(is_quantised(module) for module in model.modules() if not isinstance(module, Adapter)):
             raise UserError(
                 "an adapter is not merged into a quantised model: rounding would undo part of it\n"
                 "save it and merge it into the 16-bit model (litft.tuners.merge_adapter)"
@@ -249,6 +251,10 @@ class LoRA(Tuner):
         from litft.tuners import peft_format
 
         return cls(**{**peft_format.tuner_options(Path(folder)), **options})
+
+    def continuing(self, folder: str | Path) -> Self:
+        """A tuner of this kind that goes on with a saved adapter: its shape, this one's way of training it."""
+        return self.from_folder(folder, lora_plus_ratio=self.lora_plus_ratio)
 
 
 def merge_adapter(model: PreTrainedModel, folder: str | Path) -> None:

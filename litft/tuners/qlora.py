@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from litft.tuners.base import Applied
 from litft.tuners.lora import LoRA, replace
@@ -58,3 +59,7 @@ class QLoRA(LoRA):
             if isinstance(parent, LoRALinear):
                 parent.reset_magnitude()
         return applied
+
+    def continuing(self, folder: str | Path) -> Self:
+        """A tuner of this kind that goes on with a saved adapter: its shape, this one's way of training it."""
+        return self.from_folder(folder, lora_plus_ratio=self.lora_plus_ratio, quant=self.quant)

@@ -119,6 +119,8 @@ def test_full_has_no_adapter(tmp_path: Path) -> None:
         Full().save(model, tmp_path, "some/base")
     with pytest.raises(UserError, match="lora"):
         Full().load(model, tmp_path)
+    with pytest.raises(UserError, match="lora"):
+        Full().continuing(tmp_path)
     before = logits(model)
     Full().merge(model)
     assert torch.equal(logits(model), before)

@@ -118,6 +118,7 @@ def test_a_second_adapter_is_refused() -> None:
         ({"r": 0}, "rank"),
         ({"rank_pattern": {"q_proj": 0}}, "q_proj"),
         ({"dropout": 1.0}, "dropout"),
+        ({"lora_plus_ratio": 0.0}, "lora_plus_ratio"),
         ({"dora": True, "init": "pissa"}, "pissa"),
         ({"target_parameters": ["x"], "dora": True}, "target_parameters"),
         ({"target_parameters": ["x"], "dropout": 0.1}, "target_parameters"),
