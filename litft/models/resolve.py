@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def resolve(
         raise UserError(f"the model's name is empty\nname a folder, a hub id (org/name) or {DEFAULT_MODEL}")
     options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
     if text == DEFAULT_MODEL:
-        return ModelSource(text, default_model())
+        return _from_folder(text, default_model(), **options)
     folder = Path(text).expanduser()
     if folder.is_dir():
         return _from_folder(text, folder.absolute(), **options)
@@ -173,7 +174,7 @@ def _resolve_base(base: str, revision: str | None, adapter: Path, **options: Any
     if folder.is_dir() or base == DEFAULT_MODEL:
         return resolve(base, **options)
     if not folder.is_absolute() and (adapter / folder).is_dir():
-        return resolve(adapter / folder, **options)
+        return resolve(os.path.normpath(adapter / folder), **options)
     if folder.name == DEFAULT_MODEL:  # somebody else's cache folder of the default model
         return resolve(DEFAULT_MODEL, **options)
     if cached := _SNAPSHOT.search(base):  # somebody else's copy of a hub model
