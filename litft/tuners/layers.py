@@ -100,6 +100,11 @@ class LoRALinear(Adapter):
         if is_quantised(self.base_layer):
             raise UserError("init: pissa needs the weights before quantisation: load the model in 16 bits")
         weight = weight_matrix(self.base_layer)
+        if self.r > min(weight.shape):
+            raise UserError(
+                f"init: pissa: a weight of shape {tuple(weight.shape)} has fewer than r = {self.r} directions\n"
+                f"use r: {min(weight.shape)} or less, or give such layers a smaller one with rank_pattern"
+            )
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
         root = torch.sqrt(s[: self.r] / self.scale)
         self.lora_A.copy_(root[:, None] * vh[: self.r])
@@ -133,12 +138,15 @@ class LoRALinear(Adapter):
     @property
     def weight(self) -> Tensor:
         """The weight this layer acts with, in the base layer's dtype and orientation (for a fused loss on a head)."""
-        base = self.base_layer.weight
-        if not self.enabled:
-            return base  # type: ignore[return-value]
-        weight = self.full_weight()
-        if base.is_floating_point():  # type: ignore[operator]
-            weight = weight.to(base.dtype)  # type: ignore[arg-type]
+        base: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        if self.enabled:
+            weight = self.full_weight()
+        elif self.initial_A is not None and self.initial_B is not None:
+            weight = weight_matrix(self.base_layer).float() + self.scale * self.initial_B @ self.initial_A
+        else:
+            return base
+        if base.is_floating_point():
+            weight = weight.to(base.dtype)
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     def forward(self, x: Tensor) -> Tensor:

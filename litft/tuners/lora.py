@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +62,7 @@ class LoRA(Tuner):
         self.rslora, self.dora, self.init, self.lora_plus_ratio = rslora, dora, init, lora_plus_ratio
         self.target_parameters = list(target_parameters or [])
         self.modules_to_save = list(modules_to_save or [])
-        self.trainable_rows = list(trainable_rows or [])
+        self.trainable_rows = list(dict.fromkeys(trainable_rows or []))
         self.rank_pattern, self.alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
         for name, value in {"r": r, **self.rank_pattern}.items():
             if value < 1:
@@ -104,6 +103,7 @@ class LoRA(Tuner):
         if not linears and not experts:
             raise UserError("no module to adapt was found: name some with targets")
         adapted = [f"{owner}.{leaf}" for owner, leaves in experts.items() for leaf in leaves]
+        self._check_patterns(linears + adapted)
         left = {name: size for name, size in targets.stacked_weights(model).items() if name not in adapted}
 
         model.requires_grad_(False)
@@ -163,6 +163,14 @@ class LoRA(Tuner):
         if clash := set(found) & set(saved):
             raise UserError(f"{clash.pop()} learns as a whole (modules_to_save): leave trainable_rows out")
         return found
+
+    def _check_patterns(self, names: list[str]) -> None:
+        from litft.tuners import targets
+
+        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                if not any(targets.matches_pattern(pattern, name) for name in names):
+                    raise UserError(f"{option}: {pattern!r} is the ending of no adapted module, such as {names[0]}")
 
     def rank_of(self, name: str) -> int:
         """The rank of the update of the module or parameter called `name`."""
@@ -279,8 +287,6 @@ def _inside(name: str, whole: str) -> bool:
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The first pattern that matches the end of `name`, as in PEFT."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    from litft.tuners.targets import matches_pattern
+
+    return next((value for pattern, value in patterns.items() if matches_pattern(pattern, name)), default)

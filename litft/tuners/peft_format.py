@@ -19,6 +19,7 @@ from litft.tuners import targets
 from litft.tuners.base import canonical, copy_exactly, logger
 from litft.tuners.layers import Adapter, LoRAExperts, LoRALinear, TrainableRows, TrainedCopy
 from litft.tuners.quant import is_quantised
+from litft.tuners.targets import matches_pattern
 
 if TYPE_CHECKING:
     from litft.tuners.lora import LoRA
@@ -250,20 +251,33 @@ def tuner_options(folder: Path) -> dict[str, Any]:
         "target_parameters": list(config.get("target_parameters") or []) or None,
         "modules_to_save": _saved_modules(config, keys) or None,
         "trainable_rows": rows,
-        "rank_pattern": config.get("rank_pattern") or None,
-        "alpha_pattern": config.get("alpha_pattern") or None,
+        "rank_pattern": _patterns(config, "rank_pattern", keys),
+        "alpha_pattern": _patterns(config, "alpha_pattern", keys),
     }
 
 
 def _targets(config: dict[str, Any], keys: list[str]) -> str | list[str]:
     """The configured targets; where layers are picked by number or left out, the names that have tensors."""
     wanted = config.get("target_modules")
-    experts = {target.rpartition(".")[0] for target in config.get("target_parameters") or []}
     if wanted and not any(config.get(key) for key in ("exclude_modules", "layers_to_transform")):
         return wanted
+    owners = {target.rpartition(".")[0] for target in config.get("target_parameters") or []}
+    return [name for name in _adapted(keys) if not any(targets.has_ending(name, owner) for owner in owners)]
+
+
+def _adapted(keys: list[str]) -> list[str]:
+    """Names of the modules that have an A, nested wrappers of one module taken as one."""
     names = {key.removesuffix(".lora_A.weight") for key in keys if key.endswith(".lora_A.weight")}
-    plain = {name.removesuffix(".base_layer") for name in names}
-    return sorted(name for name in plain if not any(targets.has_ending(name, owner) for owner in experts))
+    return sorted({name.split(".base_layer")[0] for name in names})
+
+
+def _patterns(config: dict[str, Any], field: str, keys: list[str]) -> dict[str, Any] | None:
+    """The ranks or alphas that differ; PEFT keeps patterns in the file that match nothing, which mean nothing."""
+    leaves = {target.rpartition(".")[2] for target in config.get("target_parameters") or []}
+    names = _adapted(keys)
+    names += [f"{name}.{leaf}" for name in names for leaf in leaves]
+    patterns = config.get(field) or {}
+    return {key: value for key, value in patterns.items() if any(matches_pattern(key, name) for name in names)} or None
 
 
 def _saved_modules(config: dict[str, Any], keys: list[str]) -> list[str]:

@@ -63,6 +63,11 @@ def has_ending(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the module called `name`: PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def find_parameters(model: PreTrainedModel, targets: list[str]) -> dict[str, list[str]]:
     """Names of the stacked expert weights to adapt, by the module that owns them, in the order of that module.
 

@@ -71,7 +71,7 @@ def test_adapter_is_the_same_function_in_peft(case: str, tmp_path: Path) -> None
 
 
 PEFT_MADE = {
-    "llama": ("llama", {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"k_proj": 2}}),
+    "llama": ("llama", {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"k_proj": 2, "no": 3}}),
     "llama-dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
     "llama-layers": ("llama", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}),
     "llama-excluded": ("llama", {"target_modules": "all-linear", "exclude_modules": ["model.layers.0.mlp.up_proj"]}),
@@ -292,6 +292,12 @@ def test_a_head_hands_out_the_weight_it_acts_with(family: str) -> None:
         torch.testing.assert_close(hidden @ head.weight.T, head(hidden), atol=1e-5, rtol=1e-4)
         (hidden @ head.weight.T).sum().backward()
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_a_pissa_head_switched_off_hands_out_the_weight_before_training() -> None:
+    model, tuner = trained("llama", targets=["lm_head"], init="pissa")
+    with tuner.disabled(model):
+        torch.testing.assert_close(model.lm_head.weight, tiny_model("llama").lm_head.weight, atol=1e-6, rtol=1e-5)
 
 
 def test_saved_folder_is_deterministic(tmp_path: Path) -> None:

@@ -129,6 +129,17 @@ def test_impossible_options_are_refused_at_once(options: dict[str, Any], word: s
         LoRA(**options)
 
 
+def test_d9_patterns_that_match_nothing_are_refused() -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(UserError, match="q_prj"):
+            LoRA(**{option: {"q_prj": 2}}).apply(tiny_model("llama"))
+
+
+def test_pissa_of_more_directions_than_there_are_is_refused() -> None:
+    with pytest.raises(UserError, match="r: 16"):
+        LoRA(r=17, init="pissa").apply(tiny_model("llama"))  # its k_proj has 16 outputs
+
+
 def test_d8_rows_that_the_vocabulary_lacks_are_refused() -> None:
     with pytest.raises(UserError, match="resize_token_embeddings"):
         LoRA(trainable_rows=[383, 384]).apply(tiny_model("llama"))
