@@ -35,7 +35,13 @@ _TRAIN = ("train", "trainable", "weight")
 _CALLS = ("tool_calls", "function_call")
 _KNOWN = {"role", "from", "content", "value", "name", "tool_call_id", "id", *_REASONING, *_TRAIN, *_CALLS}
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_MEDIA = {"image": "images", "audio": "audio", "video": "videos", "file": "files", "document": "files"}
+_MEDIA = {
+    "image": "images are",
+    "audio": "audio is",
+    "video": "videos are",
+    "file": "files are",
+    "document": "files are",
+}
 _MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -96,7 +102,7 @@ def refuse_media(value: dict[str, Any], what: str) -> None:
     for key in _MEDIA_KEYS:
         if value.get(key):
             mend = f"remove {key!r} to train on the text alone, or leave the row out"
-            raise DataError(f"{_MEDIA[key.removesuffix('s')]} are not supported yet: {what} has {key!r}", mend=mend)
+            raise DataError(f"{_MEDIA[key.removesuffix('s')]} not supported yet: {what} has {key!r}", mend=mend)
 
 
 def text_of(value: Any, what: str) -> str:
@@ -180,7 +186,7 @@ def _part(part: Any, what: str) -> str:
         return text_of(part["text"], what)
     media = next((_MEDIA[key] for key in _MEDIA if key in name or part.get(f"{key}_url")), None)
     if media:
-        raise DataError(f"{media} are not supported yet: {what}", mend="leave such rows out", snippet=shown(part))
+        raise DataError(f"{media} not supported yet: {what}", mend="leave such rows out", snippet=shown(part))
     mend = 'write {"type": "text", "text": ...}'
     if name.startswith("tool_"):
         mend = "write calls as tool_calls of the message and results as tool messages"

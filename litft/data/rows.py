@@ -68,12 +68,9 @@ def _convert(value: Any) -> Conversation:
     row: dict[str, Any] = value if isinstance(value, dict) else {"messages": value}
     refuse_media(row, "the row")
     if schema == "text":
-        text = text_of(row["text"], "text") if isinstance(row["text"], str) else row["text"]
-        if not isinstance(text, str):
-            raise DataError(f"text must be a string, not {kind(text)}", mend="write a string")
-        if not text.strip():
-            raise DataError("the text is empty", mend="leave the row out")
-        return Conversation(text=text)
+        if not isinstance(row["text"], str):
+            raise DataError(f"text must be a string, not {kind(row['text'])}", mend="write a string")
+        return Conversation(text=_filled(row["text"], "text"))
     messages, train = _TURNS[schema](row)
     if not messages:
         raise DataError("the conversation is empty", mend="leave the row out")
@@ -100,7 +97,7 @@ def _alpaca(row: dict[str, Any]) -> Turns:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     instruction, text = text_of(row["instruction"], "instruction"), text_of(row.get("input"), "input")
     messages.append({"role": "user", "content": "\n".join(part for part in (instruction, text) if part)})
-    messages.append({"role": "assistant", "content": _answer(row["output"], "output")})
+    messages.append({"role": "assistant", "content": _filled(row["output"], "output")})
     return to_messages(messages)
 
 
@@ -118,11 +115,11 @@ def _prompt_completion(row: dict[str, Any]) -> Turns:
 def _side(row: dict[str, Any], key: str, role: str) -> Turns:
     value = row[key]
     if isinstance(value, str):
-        value = [{"role": role, "content": _answer(value, key) if role == "assistant" else value}]
+        value = [{"role": role, "content": _filled(value, key) if role == "assistant" else value}]
     return to_messages([value] if is_message(value) else value, f"{key} message")
 
 
-def _answer(value: Any, what: str) -> str:
+def _filled(value: Any, what: str) -> str:
     text = text_of(value, what)
     if not text.strip():
         raise DataError(f"the {what} is empty", mend="give it text, or leave the row out")
