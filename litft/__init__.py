@@ -1,0 +1,42 @@
+"""Fine-tune language models on chat data, on Lightning. The public names are imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SFT": "litft.methods.sft",
+    "Method": "litft.methods.base",
+    "Full": "litft.tuners",
+    "LoRA": "litft.tuners",
+    "QLoRA": "litft.tuners",
+    "Tuner": "litft.tuners",
+    "ChatData": "litft.data.chat",
+    "Checkpoints": "litft.engine.checkpoints",
+    "StepMetrics": "litft.engine.metrics",
+    "UserError": "litft.errors",
+    "DataError": "litft.errors",
+}
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from litft.data.chat import ChatData as ChatData
+    from litft.engine.checkpoints import Checkpoints as Checkpoints
+    from litft.engine.metrics import StepMetrics as StepMetrics
+    from litft.errors import DataError as DataError
+    from litft.errors import UserError as UserError
+    from litft.methods.base import Method as Method
+    from litft.methods.sft import SFT as SFT
+    from litft.tuners import Full as Full
+    from litft.tuners import LoRA as LoRA
+    from litft.tuners import QLoRA as QLoRA
+    from litft.tuners import Tuner as Tuner
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'litft' has no attribute '{name}'")

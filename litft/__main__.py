@@ -1,0 +1,5 @@
+"""`python -m litft`, also under torchrun."""
+
+from litft.cli.main import entry
+
+entry()

@@ -1,0 +1,76 @@
+"""The `litft` command: finds the verb, runs it, and turns what went wrong into a line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+VERBS = {
+    "finetune": "fine-tune a model: litft finetune full|lora|qlora --data FILE",
+    "data": "look at training data: litft data check|show|stats FILE",
+    "generate": "answer a prompt, or every row of a file: litft generate FOLDER --prompt TEXT",
+    "chat": "talk to a model in the terminal: litft chat FOLDER",
+    "config": "ready-made configurations: litft config list|show|copy|check NAME",
+    "download": "fetch a model from the hub: litft download ID",
+}
+
+
+def usage() -> str:
+    """The text of `litft --help`."""
+    from litft import __version__
+
+    verbs = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    return (
+        f"litft {__version__}: fine-tune language models on chat data.\n\n"
+        f"usage: litft VERB ... [--help] [--debug]\n\n{verbs}\n\n"
+        "start here: litft finetune lora --data tutorials/data/quickstart.jsonl\n"
+        "exit codes: 0 done, 2 your mistake, 1 ours or a bad loss, 130 Ctrl-C, 143 SIGTERM"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from litft import __version__
+
+        print(f"litft {__version__}")
+        return 0
+    from litft.errors import UserError
+
+    try:
+        if argv[0] not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(argv[0], VERBS, n=1)
+            hint = f"; did you mean litft {near[0]}?" if near else f"; one of {', '.join(VERBS)}"
+            raise UserError(f"litft {argv[0]}: no such verb{hint}")
+        return importlib.import_module(f"litft.cli.{argv[0]}").main(argv[1:]) or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `litft data show F | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error).strip().split("\n")[0][:300]
+        print(f"litft failed: {type(error).__name__}: {text}\n(--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def entry() -> None:
+    """What the installed script calls."""
+    sys.exit(main())

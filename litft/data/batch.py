@@ -1,0 +1,74 @@
+"""From documents to one micro-batch of tensors, computed on the CPU so that a training step needs no device sync."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Batch = dict[str, Any]
+Document = tuple[np.ndarray, np.ndarray]
+"""Token ids (int) and which of them are trained (bool), both [tokens]."""
+
+
+def pack_documents(documents: Sequence[Document], denominator: float) -> Batch:
+    """Lay whole documents end to end in one flat row.
+
+    A document's first token is never a target: nothing of its own precedes it.
+
+    Args:
+        documents: the documents, at least one.
+        denominator: what the summed loss is divided by; the same for all micro-batches of an optimizer step.
+
+    Returns:
+        `input_ids`, `position_ids` (restarting at each document) [1, tokens]; `cu_seqlens` [documents + 1] int32;
+        `max_seqlen` (int); `target_positions` (which hidden states predict a trained token), `target_ids` and
+        `document_ids` of the targets, each [targets]; `denominator` (float tensor); `tokens` and `trained` (ints).
+    """
+    lengths = np.array([len(ids) for ids, _ in documents])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
+    trained = np.concatenate([mask for _, mask in documents]).astype(bool)
+    trained[starts[:-1]] = False
+    targets = np.flatnonzero(trained)
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    return {
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
+        "max_seqlen": int(lengths.max()),
+        "target_positions": torch.from_numpy(targets - 1),
+        "target_ids": torch.from_numpy(ids[targets]),
+        "document_ids": torch.from_numpy(np.repeat(np.arange(len(documents)), lengths)[targets]),
+        "denominator": torch.tensor(denominator, dtype=torch.float32),
+        "tokens": int(starts[-1]),
+        "trained": len(targets),
+    }
+
+
+def pad_documents(documents: Sequence[Document], denominator: float, pad_id: int) -> Batch:
+    """One padded row a document, for models whose attention can't take packed rows.
+
+    Returns:
+        As `pack_documents`, with `input_ids`, `position_ids` and `attention_mask` [documents, width] and
+        `target_positions` counted over the flattened [documents * width].
+    """
+    width = max(len(ids) for ids, _ in documents)
+    flat = pack_documents(documents, denominator)
+    rows, columns = np.nonzero(np.arange(width) < np.array([len(ids) for ids, _ in documents])[:, None])
+    shape = (len(documents), width)
+    input_ids = torch.full(shape, pad_id)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    input_ids[rows, columns] = flat["input_ids"][0]
+    position_ids[rows, columns] = flat["position_ids"][0]
+    attention_mask[rows, columns] = 1
+    where = torch.from_numpy(rows * width + columns)
+    return flat | {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": attention_mask,
+        "target_positions": where[flat["target_positions"]],
+    }

@@ -1,0 +1,380 @@
+"""`ChatData`: from chat files to planned optimizer steps, for Trainer and for Fabric."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning import LightningDataModule
+from torch.utils.data import Dataset
+
+from litft.data import tokens
+from litft.data.batch import Batch
+from litft.data.conversation import Conversation
+from litft.data.files import Row, read_rows
+from litft.data.loader import StepLoader, Steps, make_batch
+from litft.data.plan import Plan, default_tokens_per_step, lay_out
+from litft.data.rows import schema_of, to_conversation
+from litft.data.selection import Selection, select, split_validation
+from litft.data.template import ChatEncoder
+from litft.data.tokens import TokenStore
+from litft.errors import UserError
+from litft.models.alias import cache_dir
+from litft.models.load import tokenizer_fingerprint
+
+DEFAULT_MAX_LENGTH = 4096
+DEFAULT_TOKENS_PER_BATCH = 4096
+
+
+class ChatData(LightningDataModule):
+    """Chat rows, encoded with the model's own chat template, masked, planned and packed.
+
+    Args:
+        train: training data: files (.jsonl, .json, .parquet, .csv, also .gz and .zst), folders or data set ids on the
+            hub; several are a mix.
+        val: held-out data: a file, or names and files (`{"gsm8k": "a.jsonl"}`), each with a loss of its own.
+        val_fraction: share of the training rows held out where `val` is not given, at most 200 rows, none where there
+            are under 20; rows with the same prompt stay on one side.
+        weights: how many times an epoch uses the rows of each training file; 0.5 is a seeded half, anew each epoch.
+        max_length: longest row in tokens; the smaller of 4096 and the model's context by default.
+        overlong: what happens to longer rows: dropped, cut at the end, or an error.
+        packing: whole documents share a row without seeing each other; off, rows are padded.
+        train_on: which turns are trained: all of the assistant's, only the last one, or every token.
+        bad_rows: a bad row is an error, or is skipped, counted and listed.
+        chat_template: a Jinja file, or `chatml`, for a tokenizer that has no template or another one.
+        allow_special_tokens: text of users, tools and the system that spells a control token becomes that token.
+        tokens_per_batch: budget of one micro-batch on one rank; 4096 by default, or the longest row.
+        tokens_per_step: budget of one optimizer step over all ranks; 16384 by default, less where the run would have
+            fewer than 50 steps.
+        seed: of the order of rows; that of the run by default.
+        num_workers: processes that make batches; none on a CPU, 2 beside a GPU by default.
+        revision: of data sets on the hub.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | dict[str, str] | None = None,
+        val_fraction: float = 0.1,
+        weights: list[float] | None = None,
+        max_length: int | None = None,
+        overlong: Literal["drop", "truncate", "error"] = "drop",
+        packing: bool = True,
+        train_on: Literal["assistant", "last", "all"] = "assistant",
+        bad_rows: Literal["error", "skip"] = "error",
+        chat_template: str | None = None,
+        allow_special_tokens: bool = False,
+        tokens_per_batch: int | None = None,
+        tokens_per_step: int | None = None,
+        seed: int | None = None,
+        num_workers: int | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.train_files = [train] if isinstance(train, str) else list(train)
+        self.val_files = _named(val)
+        self.val_fraction, self.weights = val_fraction, weights
+        self.max_length, self.overlong = max_length, overlong
+        self.packing, self.train_on, self.bad_rows = packing, train_on, bad_rows
+        self.chat_template, self.allow_special_tokens = chat_template, allow_special_tokens
+        self.tokens_per_batch, self.tokens_per_step = tokens_per_batch, tokens_per_step
+        self.seed, self.num_workers, self.revision = seed, num_workers, revision
+        if weights is not None and (len(weights) != len(self.train_files) or min(weights) < 0 or max(weights) == 0):
+            raise UserError(f"--data.weights: {weights} for {len(self.train_files)} files; give one number >= 0 a file")
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"--data.val_fraction {val_fraction}: must be at least 0 and below 1")
+        self.plan: Plan | None = None
+
+    # ---- preparing: under Trainer by its hooks, under Fabric by one call
+
+    def prepare_data(self) -> None:
+        """Encode all files on one process a node; the others read the cache."""
+        self._stores(self.trainer.lightning_module.tokenizer)  # type: ignore[union-attr]
+
+    def setup(self, stage: str) -> None:
+        """Plan the run from the Trainer's limits and the model's needs."""
+        trainer, module = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
+        self.prepare(
+            module,
+            max_epochs=trainer.max_epochs,
+            max_steps=trainer.max_steps,
+            ranks=trainer.world_size,
+            rank=trainer.global_rank,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+        trainer.reload_dataloaders_every_n_epochs = 1  # epochs may differ in their number of steps
+
+    def prepare(
+        self,
+        method: Any,
+        *,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+        ranks: int = 1,
+        rank: int = 0,
+        pin_memory: bool = False,
+    ) -> ChatData:
+        """Encode and plan everything; what a Fabric script calls.
+
+        Args:
+            method: the method that will train; its tokenizer, context length and whether it can pack are asked.
+            max_epochs: epochs of the run; one where neither limit is given.
+            max_steps: optimizer steps of the run.
+            ranks: number of data-parallel processes.
+            rank: which of them this is.
+            pin_memory: for asynchronous copies to a GPU.
+
+        Returns:
+            Itself.
+        """
+        if self.plan is not None and (self.plan.ranks, self._rank) == (ranks, rank):
+            return self
+        self._rank, self._pin = rank, pin_memory
+        self._pad_id = method.tokenizer.pad_token_id or 0
+        self.cannot_pack: str | None = method.cannot_pack if self.packing else None
+        packing = self.packing and self.cannot_pack is None
+        train, val = self._stores(method.tokenizer)
+        limit = min(n for n in (self.max_length or DEFAULT_MAX_LENGTH, method.context_length) if n)
+        self.limit = limit
+        self.selection: Selection = select(train, limit, self.overlong, "train")
+        self.val_selections = {name: select([store], limit, self.overlong, name) for name, store in val.items()}
+        if not val and self.val_fraction:
+            self.selection, held_out = split_validation(self.selection, self.val_fraction)
+            if len(held_out):
+                self.val_selections = {"val": held_out}
+        chosen = self.selection
+        longest = int(chosen.lengths.max())
+        longest_val = max((int(s.lengths.max()) for s in self.val_selections.values() if len(s)), default=0)
+        if self.tokens_per_batch is None:
+            self.tokens_per_batch = max(DEFAULT_TOKENS_PER_BATCH, longest, longest_val)
+        if max(longest, longest_val) > self.tokens_per_batch:
+            raise UserError(
+                f"--data.tokens_per_batch {self.tokens_per_batch}: the longest row has {max(longest, longest_val)} tokens;\n"
+                f"raise it, or set --data.max_length {self.tokens_per_batch} (longer rows are then dropped)"
+            )
+        weights = self.weights or [1.0] * len(train)
+        if self.tokens_per_step is None:
+            epochs = max_epochs if max_epochs not in (None, -1) else 1
+            per_epoch = float((chosen.lengths * np.array(weights)[chosen.file_of_row]).sum())
+            self.tokens_per_step = default_tokens_per_step(int(per_epoch * (epochs or 1)))
+        self.plan = Plan(
+            chosen.lengths,
+            chosen.trained,
+            chosen.file_of_row,
+            weights,
+            self.run_seed,
+            self.tokens_per_step,
+            self.tokens_per_batch,
+            ranks,
+            packing,
+        )
+        self.epochs_with_data = max_epochs
+        self.total_steps = self.plan.total_steps(max_epochs, max_steps)
+        if not self.total_steps:
+            raise UserError(
+                "nothing to train: the run would have no steps; check --data, --data.weights and the limits"
+            )
+        return self
+
+    @property
+    def run_seed(self) -> int:
+        """`seed`, or the one that `seed_everything` has set, or 0."""
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the plan: the rows, their order and their grouping into steps; not how steps are cut."""
+        plan = self._planned()
+        rows = [plan.lengths.tolist(), plan.trained.tolist(), plan.file_of_row.tolist(), list(plan.weights)]
+        keys = [str(key) for store in self.selection.stores for key in store.prompts.tolist()]
+        return tokens.cache_key(rows, keys, plan.seed, plan.tokens_per_step)
+
+    # ---- loaders
+
+    def train_dataloader(self, epoch: int | None = None, start: int | None = None) -> StepLoader:
+        """The optimizer steps of an epoch, from `start` on; under Trainer both follow from the steps done."""
+        plan = self._planned()
+        if epoch is None:
+            epoch, start = plan.locate(self.trainer.global_step) if self.trainer else (0, 0)
+        layout = functools.partial(plan.layout, epoch)
+        make = functools.partial(_make, self.selection.read, plan.packing, self._pad_id)
+        steps = Steps(layout, self._rank, make, plan.lengths, plan.trained, len(plan.steps(epoch)))
+        return StepLoader(steps, start or 0, self._workers(), self._pin)
+
+    def val_dataloader(self) -> list[StepLoader]:
+        """One loader of micro-batches a validation set, in the order of `val_names`."""
+        plan = self._planned()
+        return [
+            StepLoader(_ValBatches(s, plan, self._rank, self._pad_id), pin_memory=self._pin)
+            for s in self.val_selections.values()
+        ]
+
+    @property
+    def val_names(self) -> list[str]:
+        """Names of the validation sets."""
+        return list(self.val_selections)
+
+    def held_out_prompts(self, count: int) -> list[Conversation]:
+        """The beginnings, up to the first answer, of some rows of the first validation set."""
+        rows = next(iter(self.val_selections.values()), None)
+        if not rows:
+            return []
+        wanted = {rows.name(int(i)) for i in np.linspace(0, len(rows) - 1, min(count, len(rows)))}
+        found = []
+        for source in dict.fromkeys(store.file for store in rows.stores):
+            for row in read_rows(source, revision=self.revision):
+                if len(found) == len(wanted):
+                    break
+                if f"{source}:{row.line}" in wanted and row.error is None and schema_of(row.value) != "text":
+                    chat = to_conversation(row.value, row.file, row.line)
+                    end = next(i for i, m in enumerate(chat.messages) if m["role"] == "assistant")
+                    if end:
+                        found.append(Conversation(chat.messages[:end], chat.train[:end], chat.tools))
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The plan in numbers: what is read, left out, trained on and in how many steps."""
+        plan, chosen = self._planned(), self.selection
+        last_epoch, last_index = plan.locate(self.total_steps - 1)
+        steps = [(e, i) for e in range(last_epoch + 1) for i in range(len(plan.steps(e)))][: self.total_steps]
+        rows = [plan.steps(e)[i] for e, i in steps]
+        packs = sum(len(share) for e, i in steps for share in plan.layout(e, i))
+        return {
+            "rows": len(chosen),
+            "rows_read": sum(len(store) + store.bad for store in chosen.stores),
+            "schemas": {name: n for store in chosen.stores for name, n in store.schemas.items()},
+            "dropped": chosen.dropped,
+            "skipped": [line for store in chosen.stores for line in store.skipped],
+            "truncated": chosen.truncated,
+            "val_rows": {name: len(s) for name, s in self.val_selections.items()},
+            "tokens": int(sum(chosen.lengths[r].sum() for r in rows)),
+            "trained_tokens": int(sum(chosen.trained[r].sum() for r in rows)),
+            "packs": packs,
+            "steps": self.total_steps,
+            "epochs": round(last_epoch + (last_index + 1) / len(plan.steps(last_epoch)), 4),
+            "tokens_per_step": plan.tokens_per_step,
+            "tokens_per_batch": plan.tokens_per_batch,
+            "max_length": self.limit,
+            "packing": plan.packing,
+            "cannot_pack": self.cannot_pack,
+            "ranks": plan.ranks,
+        }
+
+    def _workers(self) -> int:
+        return self.num_workers if self.num_workers is not None else (2 if self._pin else 0)
+
+    def _planned(self) -> Plan:
+        if self.plan is None:
+            raise RuntimeError("call prepare() first, or hand the data to Trainer.fit as its datamodule")
+        return self.plan
+
+    # ---- encoding
+
+    def _stores(self, tokenizer: Any) -> tuple[list[TokenStore], dict[str, TokenStore]]:
+        if not hasattr(self, "_encoded"):
+            encoder = ChatEncoder(tokenizer, train_on=self.train_on, allow_special_tokens=self.allow_special_tokens)
+            self._encoder = encoder
+            train = [self._store(source, encoder) for source in self.train_files]
+            self._encoded = train, {name: self._store(source, encoder) for name, source in self.val_files.items()}
+        return self._encoded
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The end-of-turn tokens that were trained, on which the model will stop."""
+        encoder = self._encoder
+        return set(encoder.stop_ids) if encoder.tokenizer.chat_template else set()
+
+    def _is_chat(self, source: str) -> bool:
+        first = next(iter(read_rows(source, revision=self.revision)))
+        return first.error is not None or schema_of(first.value) != "text"
+
+    def _store(self, source: str, encoder: ChatEncoder) -> TokenStore:
+        path = Path(source)
+        local = path.exists()
+        content = tokens.content_hash(source) if local else f"{source}@{self.revision}"
+        template = encoder.tokenizer.chat_template or ""
+        key = tokens.cache_key(
+            content,
+            tokenizer_fingerprint(encoder.tokenizer),
+            self.train_on,
+            self.allow_special_tokens,
+            self.bad_rows,
+            date.today().isoformat() if "strftime_now" in template else "",  # such a template writes today's date
+            tokens.code_hash(),
+        )
+        size = path.stat().st_size if local and path.is_file() else 0
+        workers = min(8, os.cpu_count() or 1) if size > tokens.PARALLEL_FROM else 1
+        with _progress(f"encoding {path.name}") as advance:
+            store = tokens.encode_file(
+                lambda: read_rows(source, revision=self.revision),
+                functools.partial(_encode, encoder),
+                cache_dir() / "tokens" / key,
+                file=source,
+                skip_bad=self.bad_rows == "skip",
+                workers=workers,
+                progress=advance,
+            )
+        if not len(store):
+            raise UserError(f"{source}: no usable row ({store.bad} bad); mend: litft data check {source}")
+        return store
+
+
+def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Any]:
+    if row.error is not None:
+        raise row.error
+    return schema_of(row.value), encoder(to_conversation(row.value, row.file, row.line))
+
+
+def _make(read: Any, packing: bool, pad_id: int, rows: np.ndarray, denominator: float, spare: int) -> Batch:
+    return make_batch(rows, read, denominator, packing, pad_id, spare)
+
+
+def _named(val: str | list[str] | dict[str, str] | None) -> dict[str, str]:
+    if val is None:
+        return {}
+    if isinstance(val, dict):
+        return val
+    files = [val] if isinstance(val, str) else val
+    if len(files) == 1:
+        return {"val": files[0]}
+    names = [Path(file).stem for file in files]
+    return {
+        name if names.count(name) == 1 else f"{name}-{i}": f
+        for i, (name, f) in enumerate(zip(names, files, strict=True))
+    }
+
+
+class _ValBatches(Dataset):
+    """A rank's micro-batches of a validation set, equally many on every rank; each row exactly once over all of them."""
+
+    def __init__(self, rows: Selection, plan: Plan, rank: int, pad_id: int) -> None:
+        self.rows, self.packing, self.pad_id = rows, plan.packing, pad_id
+        everything = np.arange(len(rows))
+        self.packs = lay_out(everything, rows.lengths, plan.tokens_per_batch, plan.ranks, plan.packing)[rank]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Batch:
+        return _make(self.rows.read, self.packing, self.pad_id, self.packs[index], 1.0, 0)
+
+
+class _progress:
+    """A counter on stderr for encoding that takes over two seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> Any:
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=self.what, unit=" rows", delay=2, disable=not sys.stderr.isatty(), leave=False)
+        return lambda done: self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

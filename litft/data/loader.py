@@ -1,0 +1,124 @@
+"""The loader that hands out one optimizer step at a time: this rank's micro-batches, and what the step counts in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from litft.data.batch import Batch, Document, pack_documents, pad_documents
+
+Step = dict[str, Any]
+"""`micro_batches` (this rank's), and over all ranks: `tokens`, `trained`, `rows` (ids of the rows in it)."""
+
+
+def make_batch(
+    rows: np.ndarray, read: Callable[[int], Document], denominator: float, packing: bool, pad_id: int, spare: int
+) -> Batch:
+    """One micro-batch of these rows.
+
+    A rank that has no row left still takes part in every forward and backward pass (the others wait for it): it is given
+    the `spare` row with nothing to train on.
+    """
+    documents = [read(int(row)) for row in rows]
+    if not documents:
+        ids, trained = read(spare)
+        documents = [(ids[:8], np.zeros_like(trained[:8]))]
+    batch = pack_documents(documents, denominator) if packing else pad_documents(documents, denominator, pad_id)
+    if not len(rows):
+        batch["tokens"] = 0
+    return batch
+
+
+class Steps(Dataset):
+    """Optimizer steps by index.
+
+    Args:
+        layout: index -> `[rank][micro-batch]` rows.
+        rank: whose micro-batches are made.
+        make: rows, denominator and spare row -> micro-batch.
+        lengths: tokens of each row.
+        trained: trained tokens of each row.
+        count: number of steps.
+    """
+
+    def __init__(
+        self,
+        layout: Callable[[int], list[list[np.ndarray]]],
+        rank: int,
+        make: Callable[[np.ndarray, float, int], Batch],
+        lengths: np.ndarray,
+        trained: np.ndarray,
+        count: int,
+    ) -> None:
+        self.layout, self.rank, self.make, self.count = layout, rank, make, count
+        self.lengths, self.trained = lengths, trained
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Step:
+        shares = self.layout(index)
+        rows = np.concatenate([pack for share in shares for pack in share])
+        trained = int(self.trained[rows].sum())
+        # each rank's gradient is averaged over the ranks, so every rank divides by its share of the step's count
+        denominator = trained / len(shares)
+        return {
+            "micro_batches": [self.make(pack, denominator, int(rows[0])) for pack in shares[self.rank]],
+            "tokens": int(self.lengths[rows].sum()),
+            "trained": trained,
+            "rows": rows.tolist(),
+        }
+
+
+class FromStep(DistributedSampler):
+    """Counts from a start to the end of the epoch.
+
+    A `DistributedSampler` by type only: that is what makes Trainer and Fabric leave it alone, since the plan has shared the
+    rows out already. Its length is the whole epoch's, as Trainer counts a resumed epoch from its beginning.
+    """
+
+    def __init__(self, length: int, start: int = 0) -> None:
+        self.length, self.start = length, start
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to do: an epoch's order is the plan's."""
+
+
+class StepLoader(DataLoader):
+    """A `DataLoader` over steps whose position is an index, so that a resumed run starts where the last one stopped.
+
+    Args:
+        steps: the steps of an epoch.
+        start: the first one to hand out.
+        workers: processes that make batches.
+        pin_memory: for asynchronous copies to a GPU.
+    """
+
+    def __init__(self, steps: Dataset, start: int = 0, workers: int = 0, pin_memory: bool = False) -> None:
+        length = len(steps)  # type: ignore[arg-type]
+        super().__init__(
+            steps,
+            batch_size=None,
+            sampler=FromStep(length, start),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # its own, so that making an iterator doesn't move the run's random state
+            persistent_workers=False,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the plan and the number of steps done say where to go on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

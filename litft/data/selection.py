@@ -1,0 +1,161 @@
+"""Which of the encoded rows are used: the length limit, what it leaves to train on, and the held-out part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from litft.data.batch import Document
+from litft.data.tokens import TokenStore
+from litft.errors import DataError, UserError
+
+MAX_HELD_OUT = 200  # rows; more cost time at every validation and tell little more
+MIN_ROWS_TO_SPLIT = 20
+
+
+@dataclass
+class Selection:
+    """Rows of one or more stores.
+
+    Attributes:
+        stores: where the rows lie.
+        file_of_row: index into `stores`, [rows].
+        row_of_file: index within its store, [rows].
+        lengths: tokens of each row, after cutting.
+        trained: trained tokens of each row, after cutting.
+        max_length: where rows are cut.
+        dropped: how many rows were left out, by reason.
+        truncated: how many were cut.
+    """
+
+    stores: list[TokenStore]
+    file_of_row: np.ndarray
+    row_of_file: np.ndarray
+    lengths: np.ndarray
+    trained: np.ndarray
+    max_length: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, row: int) -> Document:
+        """Ids and mask of a row."""
+        return self.stores[self.file_of_row[row]].row(int(self.row_of_file[row]), self.max_length)
+
+    def name(self, row: int) -> str:
+        """`file:line` of a row."""
+        store = self.stores[self.file_of_row[row]]
+        return f"{store.file}:{store.lines[self.row_of_file[row]]}"
+
+    def prompts(self) -> np.ndarray:
+        """Hash of each row's prompt."""
+        out = np.empty(len(self), np.uint64)
+        for index, store in enumerate(self.stores):
+            mine = self.file_of_row == index
+            out[mine] = store.prompts[self.row_of_file[mine]]
+        return out
+
+    def take(self, keep: np.ndarray) -> Selection:
+        """The rows where `keep` (bool or indices)."""
+        return Selection(
+            self.stores,
+            self.file_of_row[keep],
+            self.row_of_file[keep],
+            self.lengths[keep],
+            self.trained[keep],
+            self.max_length,
+            self.dropped,
+            self.truncated,
+        )
+
+
+def select(
+    stores: list[TokenStore], max_length: int, overlong: Literal["drop", "truncate", "error"], name: str
+) -> Selection:
+    """The rows that fit and have something to train on, and the count of the others.
+
+    Args:
+        stores: the encoded files.
+        max_length: longest row in tokens.
+        overlong: what happens to longer ones.
+        name: of the set, for messages.
+
+    Raises:
+        DataError: for an overlong row where those are errors.
+        UserError: where no row is left.
+    """
+    whole = np.concatenate([store.lengths for store in stores])
+    file_of_row = np.repeat(np.arange(len(stores)), [len(store) for store in stores])
+    row_of_file = np.concatenate([np.arange(len(store)) for store in stores])
+    over = whole > max_length
+    if overlong == "error" and over.any():
+        first = int(over.argmax())
+        store = stores[file_of_row[first]]
+        raise DataError(
+            f"{int(whole[first])} tokens, over the limit of {max_length}",
+            file=store.file,
+            line=int(store.lines[row_of_file[first]]),
+            mend="raise --data.max_length, or set --data.overlong drop or truncate",
+        )
+    lengths = np.minimum(whole, max_length)
+    trained = np.concatenate([store.trained_counts(max_length) for store in stores])
+    dropped: Counter[str] = Counter()
+    keep = np.ones(len(whole), bool)
+    if overlong == "drop":
+        keep &= ~over
+        dropped[f"longer than {max_length} tokens"] = int(over.sum())
+    nothing = keep & (trained == 0)
+    dropped["nothing to train on within the limit"] = int(nothing.sum())
+    keep &= ~nothing
+    dropped["bad rows skipped"] = sum(store.bad for store in stores)
+    everything = Selection(stores, file_of_row, row_of_file, lengths, trained, max_length)
+    chosen = everything.take(keep)
+    chosen.dropped = {reason: count for reason, count in dropped.items() if count}
+    chosen.truncated = int((over & keep).sum())
+    if not len(chosen):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in chosen.dropped.items())
+        files = ", ".join(store.file for store in stores)
+        raise UserError(
+            f"{files}: no {name} row is left: {reasons}; mend: raise --data.max_length or --data.overlong truncate"
+        )
+    return chosen
+
+
+def split_validation(rows: Selection, fraction: float) -> tuple[Selection, Selection]:
+    """Hold out a share of the rows by their prompts' hashes, so that the same prompt is never on both sides.
+
+    A pure function of the rows' content: the same on every rank, in every run and after a resume.
+
+    Args:
+        rows: all rows.
+        fraction: share to hold out; at most `MAX_HELD_OUT` rows, none where there are fewer than `MIN_ROWS_TO_SPLIT`.
+
+    Returns:
+        The rows to train on, and those held out.
+    """
+    wanted = min(MAX_HELD_OUT, round(len(rows) * fraction))
+    if len(rows) < MIN_ROWS_TO_SPLIT or not wanted:
+        return rows, rows.take(np.zeros(len(rows), bool))
+    prompts = rows.prompts()
+    unique, counts = np.unique(prompts, return_counts=True)
+    mixed = (unique * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(
+        1
+    )  # spreads the hashes; the order is then arbitrary but fixed
+    order = np.argsort(mixed, kind="stable")
+    held: list[int] = []
+    total = 0
+    for index in order:
+        if total >= wanted:
+            break
+        if total + counts[index] <= wanted:
+            held.append(index)
+            total += int(counts[index])
+    out = np.isin(prompts, unique[held])
+    if out.all() or not out.any():
+        return rows, rows.take(np.zeros(len(rows), bool))
+    return rows.take(~out), rows.take(out)

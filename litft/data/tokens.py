@@ -1,0 +1,256 @@
+"""Token ids and masks of a data file, encoded once and kept on disk, memory-mapped.
+
+The cache is keyed by a content hash of everything that decides the ids: the bytes of the data, the tokenizer, its chat
+template, the mask policy and this package's own data code. Length limits are applied when rows are read, so they are not part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litft.errors import DataError
+
+LISTED = 1000  # skipped rows that are listed by name; all are counted
+CHUNK = 128  # rows handed to a worker process at a time
+PARALLEL_FROM = 4_000_000  # bytes of data from which worker processes earn their start-up
+
+
+@dataclass
+class TokenStore:
+    """The encoded rows of one data file.
+
+    Attributes:
+        ids: token ids of all rows end to end, int32 [tokens].
+        trained: which of them are trained, bool [tokens]; never the first of a row.
+        offsets: where each row begins and the last ends, int64 [rows + 1].
+        lines: 1-based line or row number in the file, int64 [rows].
+        prompts: hash of what precedes the first trained token, uint64 [rows]; equal prompts have equal hashes.
+        schemas: how many rows of each form were read.
+        skipped: the messages of rows left out as bad, at most `LISTED`.
+        bad: how many were left out.
+        file: where the rows came from.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    lines: np.ndarray
+    prompts: np.ndarray
+    file: str
+    schemas: dict[str, int] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    bad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of a row, cut at `max_length`."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        end = min(end, start + max_length) if max_length else end
+        return self.ids[start:end], self.trained[start:end]
+
+    def trained_counts(self, max_length: int | None = None) -> np.ndarray:
+        """Trained tokens of each row, of its first `max_length` tokens."""
+        total = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        ends = self.offsets[1:] if max_length is None else np.minimum(self.offsets[1:], self.offsets[:-1] + max_length)
+        return total[ends] - total[self.offsets[:-1]]
+
+
+def open_store(folder: Path) -> TokenStore:
+    """Map a store that `encode_file` has written."""
+    meta = json.loads((folder / "meta.json").read_text())
+    names = ("ids", "trained", "offsets", "lines", "prompts")
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r" if name in ("ids", "trained") else None) for name in names
+    }
+    return TokenStore(**arrays, **meta)
+
+
+def encode_file(
+    rows: Callable[[], Iterable[Any]],
+    encode: Callable[[Any], tuple[str, Any]],
+    folder: Path,
+    *,
+    file: str,
+    skip_bad: bool,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> TokenStore:
+    """Encode a file's rows into a store, or open the one that is there.
+
+    Args:
+        rows: gives the rows afresh.
+        encode: a row to its schema name and `Encoded`; raises `DataError` for a bad row. Picklable.
+        folder: where the store lies or shall lie; complete or absent, two processes may write it at once.
+        file: name of the data for messages.
+        skip_bad: leave bad rows out, counted, instead of raising.
+        workers: processes that encode.
+        progress: called with the number of rows done.
+
+    Raises:
+        DataError: for the first bad row, unless `skip_bad`.
+    """
+    if (folder / "meta.json").exists():
+        return open_store(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(work, _results(rows(), encode, workers), file, skip_bad, progress)
+        with contextlib.suppress(OSError):  # another process was first: its store is the same
+            work.rename(folder)
+        return open_store(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(work: Path, results: Iterator[Any], file: str, skip_bad: bool, progress: Callable[[int], None]) -> None:
+    offsets, lines, prompts = [0], [], []
+    schemas: Counter[str] = Counter()
+    skipped: list[str] = []
+    bad = 0
+    with _Growing(work / "ids.npy", np.int32) as ids_out, _Growing(work / "trained.npy", np.bool_) as trained_out:
+        for done, result in enumerate(results, 1):
+            progress(done)
+            if isinstance(result, DataError):
+                if not skip_bad:
+                    raise result
+                bad += 1
+                if len(skipped) < LISTED:
+                    skipped.append(str(result).partition("\n")[0])
+                continue
+            schema, line, ids, trained = result
+            schemas[schema] += 1
+            ids_out.append(ids)
+            trained_out.append(trained)
+            offsets.append(offsets[-1] + len(ids))
+            lines.append(line)
+            first = int(trained.argmax()) if trained.any() else len(ids)
+            digest = hashlib.blake2b(ids[:first].tobytes() or ids.tobytes(), digest_size=8).digest()
+            prompts.append(int.from_bytes(digest, "little"))
+    np.save(work / "offsets.npy", np.array(offsets, np.int64))
+    np.save(work / "lines.npy", np.array(lines, np.int64))
+    np.save(work / "prompts.npy", np.array(prompts, np.uint64))
+    meta = {"file": file, "schemas": dict(schemas), "skipped": skipped, "bad": bad}
+    (work / "meta.json").write_text(json.dumps(meta))
+
+
+class _Growing:
+    """A one-dimensional .npy file written piece by piece; its header is filled in at the end."""
+
+    HEADER = 128
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.path, self.dtype, self.count = path, np.dtype(dtype), 0
+
+    def __enter__(self) -> _Growing:
+        self.out = open(self.path, "wb")
+        self.out.write(b"\0" * self.HEADER)
+        return self
+
+    def append(self, values: np.ndarray) -> None:
+        self.out.write(np.ascontiguousarray(values, self.dtype).tobytes())
+        self.count += len(values)
+
+    def __exit__(self, *_: object) -> None:
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.count},), }}"
+        body = text.ljust(self.HEADER - 11) + "\n"
+        self.out.seek(0)
+        self.out.write(b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body.encode())
+        self.out.close()
+
+
+def _results(rows: Iterable[Any], encode: Callable[[Any], tuple[str, Any]], workers: int) -> Iterator[Any]:
+    """Each row's `(schema, line, ids, trained)` or its DataError, in order."""
+    if workers <= 1:
+        for row in rows:
+            yield _encode_one(encode, row)
+        return
+    import multiprocessing
+
+    # fork, so that a user's script needs no `if __name__ == "__main__"`; the children only run the tokenizer
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers, initializer=_remember, initargs=(encode,)) as pool:
+        pending: deque[Any] = deque()  # bounded, unlike imap's, so that a large file isn't held in memory
+        for chunk in _chunks(rows):
+            pending.append(pool.apply_async(_encode_chunk, (chunk,)))
+            if len(pending) >= 4 * workers:
+                yield from pending.popleft().get()
+        while pending:
+            yield from pending.popleft().get()
+
+
+_ENCODE: Callable[[Any], tuple[str, Any]] | None = None
+
+
+def _remember(encode: Callable[[Any], tuple[str, Any]]) -> None:
+    global _ENCODE
+    _ENCODE = encode
+
+
+def _encode_chunk(rows: list[Any]) -> list[Any]:
+    assert _ENCODE is not None
+    return [_encode_one(_ENCODE, row) for row in rows]
+
+
+def _encode_one(encode: Callable[[Any], tuple[str, Any]], row: Any) -> Any:
+    try:
+        schema, encoded = encode(row)
+    except DataError as error:
+        return error
+    trained = np.array(encoded.trained, np.bool_)
+    trained[:1] = False  # nothing precedes a document's first token, so nothing predicts it
+    return schema, row.line, np.array(encoded.ids, np.int32), trained
+
+
+def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def content_hash(source: str) -> str:
+    """Hash of a data file's bytes, or of every file of a folder with its name."""
+    path = Path(source)
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def code_hash() -> str:
+    """Hash of this package's data code: another version may give other ids."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_key(*parts: object) -> str:
+    """Short content hash of whatever decides the ids."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -1,0 +1,109 @@
+"""What a run prints: the plan before, a line a logged step, the outcome after."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from litft.engine.metrics import eta
+
+QUIET_S = 2.0  # a line at most this often, except for validation, the first and the last step
+
+
+class Console(Logger):
+    """Prints the record of a logged step as a line.
+
+    Args:
+        total_steps: steps of the run.
+        write: where lines go; stdout by default, past a progress bar.
+    """
+
+    def __init__(self, total_steps: int, write: Callable[[str], None] | None = None) -> None:
+        super().__init__()
+        self.total_steps = total_steps
+        self.write = write or _write
+        self._printed = 0.0
+        self._clock: tuple[int, float] | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Print a record (what has no `step` isn't one)."""
+        if "step" not in metrics:
+            return
+        now = time.monotonic()
+        at = metrics["step"]
+        if "loss" in metrics and self._clock is None:
+            self._clock = (at, now)  # the first step is slower; the estimate counts from its end
+        always = "val_loss" in metrics or at in (1, self.total_steps)
+        if not always and now - self._printed < QUIET_S:
+            return
+        self._printed = now
+        self.write(self._line(metrics, now))
+
+    def _line(self, m: dict[str, Any], now: float) -> str:
+        parts = [f"step {m['step']}/{self.total_steps}", f"epoch {m['epoch']:.2f}"]
+        if "loss" in m:
+            parts += [f"loss {m['loss']:.4f}"]
+        parts += [f"{name} {value:.4f}" for name, value in m.items() if name.startswith("val_loss")]
+        if "loss" in m:
+            parts += [
+                f"lr {m['lr']:.2e}",
+                f"grad_norm {m['grad_norm']:.2f}",
+                f"{m['tokens_per_s']:.0f} tok/s ({m['trained_tokens_per_s']:.0f} trained)",
+                f"step {m['step_s']:.2f}s data {m['data_s']:.3f}s",
+                f"mem {m['memory_gb']:.1f} GB",
+            ]
+            first, since = self._clock or (m["step"], now)
+            if m["step"] > first:
+                parts.append(f"ETA {eta((now - since) / (m['step'] - first) * (self.total_steps - m['step']))}")
+        return "  ".join(parts)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to print."""
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "console"
+
+    @property
+    def version(self) -> int:
+        """Of the logger."""
+        return 0
+
+
+def _write(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """The plan (of `ChatData.summary` and the model's counts) as a person reads it."""
+    rows, dropped = plan["rows"], plan["dropped"]
+    lines = [f"data   {rows} rows to train on ({plan['tokens']:,} tokens, {plan['trained_tokens']:,} trained)"]
+    for reason, count in dropped.items():
+        lines.append(f"       {count} rows left out: {reason}")
+    if plan["truncated"]:
+        lines.append(f"       {plan['truncated']} rows cut at {plan['max_length']} tokens")
+    for name, count in plan["val_rows"].items():
+        lines.append(f"       {count} rows held out ({name})")
+    if plan.get("cannot_pack"):
+        lines.append(f"       rows are padded, not packed: {plan['cannot_pack']}")
+    lines.append(
+        f"plan   {plan['steps']} steps of up to {plan['tokens_per_step']:,} tokens, {plan['packs']:,} micro-batches of up to "
+        f"{plan['tokens_per_batch']:,}, {plan['epochs']:g} epochs"
+    )
+    if "trainable" in plan:
+        share = plan["trainable"] / max(plan["parameters"], 1)
+        lines.append(
+            f"model  {plan['model']}: {plan['trainable']:,} of {plan['parameters']:,} weights learn ({share:.2%})"
+        )
+    return lines

@@ -1,0 +1,263 @@
+"""What a logged step shows: one record over all micro-batches and ranks, to every logger and to metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+COLUMNS = [
+    "step",
+    "epoch",
+    "loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "trained_tokens",
+    "tokens_per_s",
+    "trained_tokens_per_s",
+    "step_s",
+    "data_s",
+    "memory_gb",
+]
+LOGGED_ROWS = 100  # about how many a run has where log_every_n_steps isn't said
+
+
+class BadLoss(RuntimeError):
+    """The run stopped because too many optimizer steps had a non-finite loss or gradient."""
+
+
+class StepMetrics(Callback):
+    """Makes the record of each logged optimizer step; its loss is that of the whole step over all ranks.
+
+    Between logged steps nothing is read from the device.
+
+    Args:
+        every: optimizer steps between records; about a hundred records a run by default.
+    """
+
+    def __init__(self, every: int | None = None) -> None:
+        self.every = every
+        self.record: dict[str, Any] = {}
+        self.bad_steps = 0
+        self.losses_before: dict[str, float] = {}
+        self.losses_after: dict[str, float] = {}
+        self.losses_at: dict[int, dict[str, float]] = {}
+        self._bad: torch.Tensor | None = None
+        self._rows: list[tuple[int, torch.Tensor, list[int]]] = []
+        self._tokens = self._trained = 0
+        self._counted_from = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fix the interval."""
+        if self.every is None:
+            total = getattr(pl_module, "total_steps", None) or trainer.datamodule.total_steps  # type: ignore[attr-defined]
+            self.every = min(50, max(1, total // LOGGED_ROWS))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
+        self._end = self._counted_from = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The losses before training, as the record of step 0."""
+        if losses := getattr(pl_module, "val_losses", None):
+            self.losses_before = dict(losses)
+            self.record = {"step": 0, "epoch": 0.0, **losses}
+            self._send(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Time the wait for data."""
+        self._send(trainer)
+        self._start = time.perf_counter()
+        self._data_s = self._start - self._end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and make the record where one is due."""
+        step = trainer.global_step
+        self._tokens += batch["tokens"]
+        self._trained += batch["trained"]
+        self._watch(outputs["loss"], pl_module.grad_norm, step, batch["rows"])
+        total = pl_module.total_steps
+        if step % self.every and step != total and step != 1:  # type: ignore[operator]
+            self._end = time.perf_counter()
+            return
+        loss = float(trainer.strategy.reduce(outputs["loss"], reduce_op="mean"))
+        now = time.perf_counter()
+        elapsed = now - self._counted_from
+        epoch, index = trainer.datamodule.plan.locate(step - 1)  # type: ignore[attr-defined]
+        self.record = {
+            "step": step,
+            "epoch": round(epoch + (index + 1) / len(trainer.datamodule.plan.steps(epoch)), 4),  # type: ignore[attr-defined]
+            "loss": loss,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"] if step == total else self._lr(trainer),
+            "grad_norm": float(pl_module.grad_norm),
+            "tokens": batch["tokens"],
+            "trained_tokens": batch["trained"],
+            "tokens_per_s": self._tokens / elapsed,
+            "trained_tokens_per_s": self._trained / elapsed,
+            "step_s": now - self._start,
+            "data_s": self._data_s,
+            "memory_gb": peak_memory_gb(),
+        }
+        self._tokens = self._trained = 0
+        self._counted_from = self._end = now
+        self._judge(trainer, pl_module)
+        pl_module.log("loss", loss, prog_bar=True, logger=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the losses into the step's record; the time validation took isn't training's."""
+        if trainer.sanity_checking:
+            return
+        if self.record.get("step") != trainer.global_step:
+            self._send(trainer)
+            epoch, index = trainer.datamodule.plan.locate(trainer.global_step - 1)  # type: ignore[attr-defined]
+            steps = len(trainer.datamodule.plan.steps(epoch))  # type: ignore[attr-defined]
+            self.record = {"step": trainer.global_step, "epoch": round(epoch + (index + 1) / steps, 4)}
+        self.losses_after = self.losses_at[trainer.global_step] = dict(pl_module.val_losses)
+        self.record |= pl_module.val_losses
+        now = time.perf_counter()
+        self._counted_from += now - self._end
+        self._end = now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send the last record."""
+        self._send(trainer)
+        self._judge(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Send what is there."""
+        self._send(trainer)
+
+    def _lr(self, trainer: Trainer) -> float:
+        """The learning rate that the step just done was made with: the schedule has moved on already."""
+        schedule = trainer.lr_scheduler_configs[0].scheduler
+        return schedule.base_lrs[0] * schedule.factor(schedule.last_epoch - 1)
+
+    def _send(self, trainer: Trainer) -> None:
+        if self.record:
+            record, self.record = self.record, {}
+            for logger in trainer.loggers:
+                logger.log_metrics(record, step=record["step"])
+
+    def _watch(self, loss: torch.Tensor, norm: torch.Tensor, step: int, rows: list[int]) -> None:
+        """Count bad steps on the device."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self._bad = bad.long() if self._bad is None else self._bad + bad
+        self._rows = [*self._rows, (step, bad, rows)][-64:]
+
+    def _judge(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._bad is None:
+            return
+        before, self.bad_steps = self.bad_steps, int(self._bad)
+        if self.bad_steps > before:
+            step, _, rows = next(entry for entry in reversed(self._rows) if bool(entry[1]))
+            names = ", ".join(trainer.datamodule.selection.name(r) for r in rows[:8])  # type: ignore[attr-defined]
+            text = (
+                f"step {step}: loss or gradient not finite, step skipped ({self.bad_steps} so far); its rows: {names}"
+            )
+            if self.bad_steps > module.max_bad_steps:
+                raise BadLoss(f"{text}\nstopped: more than model.max_bad_steps {module.max_bad_steps} of them")
+            if trainer.is_global_zero:
+                print(text, file=sys.stderr)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class MetricsCSV(Logger):
+    """metrics.csv, a row a logged step, flushed as it is written.
+
+    On resume the rows past the step gone on from are cut off, so no step stands in it twice.
+
+    Args:
+        folder: the run folder.
+        resume_step: the step that the run goes on from; None begins a new file.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._file: Any = None
+        self.resume_step = resume_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The csv writer; opened at the first row."""
+        if self._file is None:
+            kept = []
+            if self.resume_step is not None and self.path.exists():
+                kept = [r for r in read_metrics(self.path) if int(r["step"]) <= self.resume_step]
+            self._file = open(self.path, "w", newline="")  # noqa: SIM115 - closed in finalize
+            self._writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore")
+            self._writer.writeheader()
+            self._writer.writerows(kept)
+        return self._writer
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write a record; anything else that is logged (no `step` in it) isn't a row."""
+        if "step" not in metrics:
+            return
+        self.experiment.writerow({k: v for k, v in metrics.items() if k in COLUMNS})
+        self._file.flush()
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run folder's config.yaml has them."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self.resume_step = sys.maxsize  # a later fit of the same Trainer appends
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> int:
+        """Of the logger."""
+        return 0
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; a last line torn by a crash is left out."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row.get("step", "").isdigit() and None not in row.values()]
+
+
+def eta(seconds: float) -> str:
+    """A duration as a person reads it."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

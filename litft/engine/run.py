@@ -1,0 +1,211 @@
+"""One fine-tuning run from its parts: plan, fit, the best weights, `final/`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from litft.data.chat import ChatData
+from litft.engine.checkpoints import FILE, Checkpoints, newest, step_of
+from litft.engine.console import Console, plan_lines
+from litft.engine.metrics import MetricsCSV, StepMetrics
+from litft.engine.run_folder import RunFile
+from litft.engine.samples import Samples
+from litft.errors import UserError
+from litft.methods.base import Method
+
+VALIDATIONS = 4  # during a run, where nothing is said
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        folder: the run folder; `final/` is in it.
+        losses_before: validation losses before training.
+        losses_after: those of the weights in `final/`.
+        final_step: the optimizer step whose weights are in `final/`.
+        why: that step in words.
+        answers: prompt, answer before and answer after.
+    """
+
+    folder: Path
+    losses_before: dict[str, float] = field(default_factory=dict)
+    losses_after: dict[str, float] = field(default_factory=dict)
+    final_step: int = 0
+    why: str = ""
+    answers: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def plan(method: Method, data: ChatData, trainer: Trainer) -> dict[str, Any]:
+    """Encode, plan, and count: what `--dry_run` shows. Does not load the model."""
+    data.prepare(
+        method,
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        ranks=trainer.world_size,
+        rank=trainer.global_rank,
+        pin_memory=trainer.strategy.root_device.type == "cuda",
+    )
+    return data.summary() | {"model": method.path, "tuner": method.tuner.name, "lr": method.lr}
+
+
+def run(
+    trainer: Trainer,
+    method: Method,
+    data: ChatData,
+    folder: Path,
+    *,
+    resume: bool = False,
+    val_every_n_steps: int | None = None,
+    patience: int | None = None,
+    planned: dict[str, Any] | None = None,
+    config: str = "",
+) -> Outcome:
+    """Train, and write `final/`.
+
+    Args:
+        trainer: with a `Checkpoints` and a `Samples` callback.
+        method: what to train.
+        data: on what.
+        folder: the run folder.
+        resume: go on from its newest checkpoint.
+        val_every_n_steps: optimizer steps between validations; four a run where None, 0 for before and after only.
+        patience: validations without a better loss after which the run stops.
+        planned: of `plan`.
+        config: the resolved configuration, kept as config.yaml.
+
+    Returns:
+        Losses and answers before and after, and where the result lies.
+    """
+    planned = planned or plan(method, data, trainer)
+    checkpoint = newest(folder / "checkpoints") if resume else None
+    if resume and checkpoint is None:
+        raise UserError(f"--resume: {folder} holds no complete checkpoint")
+    checkpoints = _one(trainer, Checkpoints)
+    samples = _one(trainer, Samples)
+    metrics = StepMetrics(trainer.log_every_n_steps if getattr(trainer, "litft_log_every", None) else None)
+    checkpoints.folder = folder / "checkpoints"
+    trainer.callbacks.insert(0, metrics)  # type: ignore[attr-defined]
+    if patience is not None:
+        trainer.callbacks.insert(1, EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=False))  # type: ignore[attr-defined]
+    every = val_every_n_steps if val_every_n_steps is not None else math.ceil(data.total_steps / VALIDATIONS)
+    trainer.val_check_interval = every or sys.maxsize
+    trainer.check_val_every_n_epoch = None
+    since = step_of(checkpoint) if checkpoint else None
+    trainer.loggers = [MetricsCSV(folder, since), *trainer.loggers, Console(data.total_steps)]
+    record = _begin(trainer, folder, planned, config, checkpoint)
+    if trainer.is_global_zero and checkpoint:
+        print(f"going on from step {since} of {data.total_steps} ({checkpoint.parent})")
+    try:
+        trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except BaseException as error:
+        if record:
+            record.finish(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        raise
+    outcome = _finish(trainer, method, data, folder, checkpoints, metrics)
+    if samples.questions and trainer.world_size == 1:
+        from litft.engine.samples import last_user
+
+        after = samples.answer(method)
+        before = samples.before or [""] * len(after)
+        outcome.answers = list(zip(map(last_user, samples.questions), before, after, strict=True))
+    if record:
+        record.finish(
+            "done",
+            steps=trainer.global_step,
+            losses_before=outcome.losses_before,
+            losses_after=outcome.losses_after,
+            final_step=outcome.final_step,
+            final=outcome.why,
+            bad_steps=metrics.bad_steps,
+            answers=outcome.answers,
+        )
+    return outcome
+
+
+def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str, resumed: Any) -> RunFile | None:
+    if not trainer.is_global_zero:
+        return None
+    if config and not (resumed and (folder / "config.yaml").exists()):
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+    facts = {
+        "plan": planned,
+        "precision": trainer.precision,
+        "device": str(trainer.strategy.root_device),
+        "devices": trainer.world_size,
+        "resumed_from": str(resumed) if resumed else None,
+    }
+    return RunFile(folder, facts)
+
+
+def _finish(
+    trainer: Trainer, method: Method, data: ChatData, folder: Path, checkpoints: Checkpoints, metrics: StepMetrics
+) -> Outcome:
+    """Put the chosen weights into the model and write `final/`."""
+    from litft.export.final import save_final
+
+    last, best = trainer.global_step, checkpoints.best
+    outcome = Outcome(folder, metrics.losses_before, metrics.losses_after, last, f"the last, step {last}")
+    if best and checkpoints.final == "best":
+        outcome.final_step, outcome.why = best[1], f"the best by val_loss, step {best[1]} of {last}"
+        outcome.losses_after = metrics.losses_at.get(best[1], {"val_loss": best[0]})
+        if best[1] != last:
+            assert checkpoints.folder is not None
+            state = torch.load(checkpoints.folder / "best" / FILE, map_location="cpu", weights_only=True)
+            method.tuner.load_trainable_state(method.net.model, state["state_dict"])
+    save_final(
+        method.net.model,
+        method.tuner,
+        method.tokenizer,
+        folder / "final",
+        base=method.source.base_name,
+        revision=method.source.revision,
+        stop_ids=data.stop_ids,
+    )
+    return outcome
+
+
+def _one(trainer: Trainer, cls: Any) -> Any:
+    found = [c for c in trainer.callbacks if isinstance(c, cls)]  # type: ignore[attr-defined]
+    if not found:
+        raise MisconfigurationException(f"the Trainer has no {cls.__name__} callback")
+    return found[0]
+
+
+def report(outcome: Outcome) -> str:
+    """The closing lines: losses, answers, where the result lies, what to type next."""
+    lines = [""]
+    for name, after in outcome.losses_after.items():
+        before = outcome.losses_before.get(name)
+        change = f"{before:.4f} before, " if before is not None else ""
+        share = f" ({(after - before) / before:+.1%})" if before else ""
+        label = "held-out loss" if name == "val_loss" else f"held-out loss, {name.removeprefix('val_loss/')}"
+        lines.append(f"{label}: {change}{after:.4f} after{share}")
+    for question, before, after in outcome.answers:
+        lines += ["", f"> {_short(question)}", f"  before: {_short(before)}", f"  after:  {_short(after)}"]
+    final = outcome.folder / "final"
+    lines += [
+        "",
+        f"the result: {final} ({outcome.why})",
+        f"next:       litft chat {final.parent}",
+        f'            litft generate {final.parent} --prompt "..."',
+    ]
+    return "\n".join(lines)
+
+
+def _short(text: str, width: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+__all__ = ["Outcome", "plan", "plan_lines", "report", "run"]

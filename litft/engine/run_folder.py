@@ -1,0 +1,120 @@
+"""The folder of a run: where it lies, whose it is, and what run.json says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from litft.errors import UserError
+
+LIBRARIES = ("litft", "torch", "lightning", "transformers", "jsonargparse", "safetensors", "bitsandbytes")
+
+
+def claim(out: str | None, name: str, resume: bool) -> Path:
+    """Make a run's folder.
+
+    Args:
+        out: the folder asked for; a fresh `runs/0001-NAME` where None.
+        name: of the method or tuner.
+        resume: whether to go on in a used folder.
+
+    Raises:
+        UserError: a used folder without `resume`, an unused one with it, or one that cannot be written.
+    """
+    try:
+        if out is None:
+            if resume:
+                raise UserError("--resume needs --out FOLDER, the run to go on with")
+            return _fresh(Path("runs"), name)
+        folder = Path(out)
+        used = folder.is_dir() and any(folder.iterdir())
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {out}: is a file; name a folder")
+        if used and not resume:
+            raise UserError(f"--out {out}: already holds files; --resume goes on with that run, or name another folder")
+        if resume and not used:
+            raise UserError(f"--out {out}: nothing to resume there")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        return folder
+    except OSError as error:
+        raise UserError(f"--out {out or 'runs'}: cannot be written: {error.strerror or error}") from None
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(m[1]) for p in parent.iterdir() if (m := re.match(r"(\d{4,})-", p.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = parent / f"{number:04d}-{name}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another run was first
+            number += 1
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the folder one stands in, and whether files in it differ; None outside of a repository."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunFile:
+    """run.json: written at the start, completed at the end; each time beside its place and renamed.
+
+    Args:
+        folder: the run folder.
+        facts: what is known at the start.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.path = folder / "run.json"
+        self.started = time.time()
+        self.facts = {
+            "command": ["litft", *sys.argv[1:]],
+            "versions": versions(),
+            "git": git_state(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "outcome": "running",
+            **facts,
+        }
+        self.write()
+
+    def finish(self, outcome: str, **facts: Any) -> None:
+        """Say how the run ended."""
+        self.facts |= {"outcome": outcome, "seconds": round(time.time() - self.started, 1), **facts}
+        self.write()
+
+    def write(self) -> None:
+        """Write what is known."""
+        beside = self.path.with_suffix(".json.partial")
+        beside.write_text(json.dumps(self.facts, indent=2, default=str) + "\n", encoding="utf-8")
+        beside.replace(self.path)

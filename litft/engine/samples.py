@@ -1,0 +1,97 @@
+"""Answers of the model that is being trained, to prompts that it isn't trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from litft.data.conversation import Conversation
+from litft.methods.base import Method
+
+
+class Samples(Callback):
+    """Answers held-out prompts before training, and on request at each validation.
+
+    Args:
+        count: prompts, taken from the held-out rows.
+        prompts: own prompts instead.
+        max_new_tokens: longest answer in tokens.
+        during: print answers at each validation too.
+    """
+
+    def __init__(
+        self, count: int = 3, prompts: list[str] | None = None, max_new_tokens: int = 64, during: bool = False
+    ) -> None:
+        self.count, self.prompts, self.max_new_tokens, self.during = count, prompts, max_new_tokens, during
+        self.questions: list[Conversation] = []
+        self.before: list[str] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the prompts, and answer them with the model as it is."""
+        self.questions = self._choose(trainer.datamodule)  # type: ignore[attr-defined]
+        if self.questions and trainer.world_size == 1 and trainer.global_step == 0:
+            self.before = self.answer(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print answers where asked for."""
+        if self.during and not trainer.sanity_checking and self.questions and trainer.world_size == 1:
+            for question, answer in zip(self.questions, self.answer(pl_module), strict=True):
+                print(f"    > {last_user(question)}\n    {answer}")
+
+    def answer(self, method: LightningModule) -> list[str]:
+        """The present answers."""
+        return answer(method, self.questions, self.max_new_tokens)  # type: ignore[arg-type]
+
+    def _choose(self, data: Any) -> list[Conversation]:
+        if self.prompts:
+            return [Conversation(messages=[{"role": "user", "content": text}], train=[None]) for text in self.prompts]
+        return data.held_out_prompts(self.count) if self.count else []
+
+
+def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: int = 64) -> list[str]:
+    """Greedy answers of a method's live model.
+
+    Args:
+        method: with its model built; left as it was.
+        questions: conversations that end before an answer.
+        max_new_tokens: longest answer in tokens.
+    """
+    from litft.data.template import ChatEncoder
+    from litft.export.final import generation_settings
+    from litft.infer.generate import generate
+    from litft.infer.load import ChatModel
+
+    model = method.net.model
+    settings = generation_settings(model.generation_config, method.tokenizer, set())
+    stop_ids = set(settings.eos_token_id or ())
+    encoder = ChatEncoder(method.tokenizer) if method.tokenizer.chat_template else None
+    bundle = ChatModel(model, method.tokenizer, settings, stop_ids | set(encoder.stop_ids if encoder else ()), encoder)
+    device = next(model.parameters()).device
+    half = getattr(method, "half", None)
+    with _answering(model), torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
+        return generate(bundle, questions, max_new_tokens=max_new_tokens, temperature=0)
+
+
+@contextmanager
+def _answering(model: Any) -> Iterator[None]:
+    """Evaluation mode, a cache and an attention that takes one; restored on exit."""
+    implementation, modes = model.config._attn_implementation, {m: m.training for m in model.modules()}
+    model.eval()
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    model.config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = False
+        model.set_attn_implementation(implementation)
+        for module, training in modes.items():
+            module.training = training
+
+
+def last_user(question: Conversation) -> str:
+    """The text that a question ends on."""
+    return next((m["content"] for m in reversed(question.messages) if m["role"] == "user"), "")

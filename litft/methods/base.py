@@ -1,0 +1,262 @@
+"""What all methods share: the model and its tuner, the optimizer step, the guard, validation, checkpoints' contents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from litft.data.batch import Batch
+from litft.data.loader import Step
+from litft.engine.guard import clip_and_guard
+from litft.engine.optimizers import build_optimizer
+from litft.engine.schedules import Name as ScheduleName
+from litft.engine.schedules import StepSchedule, schedule
+from litft.models.alias import DEFAULT_MODEL
+from litft.tuners import LoRA, Tuner
+
+
+class Method(LightningModule):
+    """A fine-tuning method: subclass it and write `loss`.
+
+    One Trainer batch is one optimizer step: a list of micro-batches, each run forward and backward in turn. So whatever
+    counts batches (validation interval, schedules, checkpoints, `max_steps`) counts optimizer steps.
+
+    Args:
+        path: the model: a folder, an id on the hub, an adapter or a run to go on from, or `smollm2-135m-instruct`.
+        tuner: which weights learn.
+        lr: learning rate; the tuner's own by default (2e-5 full, 2e-4 LoRA and QLoRA).
+        optimizer: adamw, adamw_8bit, paged_adamw_8bit, sgd, or a class path.
+        betas: decay rates of AdamW's moments.
+        weight_decay: decoupled weight decay, on matrices only.
+        schedule: how the learning rate falls after its warmup.
+        warmup: steps of warmup, or a share of the run where below 1.
+        min_lr: learning rate at the end.
+        clip: greatest global norm of the gradient; 0 doesn't clip.
+        recompute: keep all activations, or recompute every layer's in the backward pass (less memory, a third slower).
+        add_tokens: give tokens of the chat template that the tokenizer lacks new, trained rows in the embedding.
+        balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where it
+            asks for that loss.
+        max_bad_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
+        revision: of the model on the hub.
+        trust_remote_code: run the Python code that a model folder brings. Only for models whose code you have read.
+    """
+
+    def __init__(
+        self,
+        path: str = DEFAULT_MODEL,
+        tuner: Tuner | None = None,
+        lr: float | None = None,
+        optimizer: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        schedule: ScheduleName = "cosine",
+        warmup: float = 0.03,
+        min_lr: float = 0.0,
+        clip: float = 1.0,
+        recompute: Literal["none", "full"] = "none",
+        add_tokens: bool = False,
+        balance_experts: float | None = None,
+        max_bad_steps: int = 10,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.path, self.revision, self.trust_remote_code = str(path), revision, trust_remote_code
+        self.tuner = tuner if tuner is not None else LoRA()
+        self.lr = lr if lr is not None else self.tuner.default_lr
+        self.optimizer_name, self.betas, self.weight_decay = optimizer, betas, weight_decay
+        self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
+        self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
+        self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
+        self.total_steps: int | None = None
+        self.grad_norm: Tensor | None = None
+        self._sums: dict[int, Tensor] = {}
+
+    # ---- what a subclass writes
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a micro-batch, such that those of an optimizer step's micro-batches add up to the step's.
+
+        Args:
+            batch: what `litft.data.batch` makes.
+        """
+        raise TypeError(f"{type(self).__name__} needs a loss(batch)")
+
+    def validation_sums(self, batch: Batch) -> Tensor:
+        """What validation adds up: the summed loss and the number of things it is summed over, [2]."""
+        raise TypeError(f"{type(self).__name__} needs validation_sums(batch)")
+
+    # ---- the model
+
+    @cached_property
+    def source(self) -> Any:
+        """Where the model lies."""
+        from litft.models.resolve import resolve
+
+        return resolve(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; the data part may give it a chat template and new tokens."""
+        from litft.models.load import load_tokenizer
+
+        return load_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        from litft.models.load import load_config
+
+        return load_config(self.source, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest row that the model's positions reach."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def cannot_pack(self) -> str | None:
+        """Why rows have to be padded for this model, or None where they can be packed."""
+        from litft.models.load import can_pack
+
+        return can_pack(self.config)
+
+    def configure_model(self) -> None:
+        """Load the model and apply the tuner, once; Trainer's hook."""
+        if not hasattr(self, "net"):
+            self.build(self.trainer.precision, self.trainer.strategy.root_device)
+
+    def build(self, precision: str = "32-true", device: torch.device | str = "cpu") -> Method:
+        """Load the model and apply the tuner; what a Fabric script calls.
+
+        Args:
+            precision: Lightning's name; a frozen base is stored in its 16-bit type, what is trained in fp32.
+            device: where the model will run.
+
+        Returns:
+            Itself.
+        """
+        from litft.models import attention
+        from litft.models.causal_lm import CausalLM
+        from litft.models.load import load_model
+
+        self.half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
+        dtype = torch.float32 if self.tuner.trains_base or self.half is None else self.half
+        on_cpu = torch.device(device).type == "cpu"
+        implementation = attention.register() if self.cannot_pack is None and on_cpu else None
+        model = load_model(
+            self.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=self.trust_remote_code
+        )
+        self.applied = self.tuner.apply(model)
+        if self.source.adapter is not None:
+            self.tuner.load(model, self.source.adapter)
+        if self.recompute == "full":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        own = (
+            getattr(model.config, "router_aux_loss_coef", 0.0)
+            if getattr(model.config, "output_router_logits", 0)
+            else 0.0
+        )
+        self.balance = own if self.balance_experts is None else self.balance_experts
+        self.net = CausalLM(model, balance_experts=bool(self.balance))
+        return self
+
+    def trainable_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters that learn."""
+        return (p for p in self.net.parameters() if p.requires_grad)
+
+    # ---- the optimizer step
+
+    def setup(self, stage: str) -> None:
+        """Take the length of the run from the plan."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise TypeError("hand the data to Trainer.fit as `datamodule`, not as loaders: the plan is part of it")
+        self.total_steps = data.total_steps
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what the tuner trains, and its schedule over the run's exact number of steps."""
+        groups = self.tuner.param_groups(self.net.model, self.lr, self.weight_decay)
+        optimizer = build_optimizer(self.optimizer_name, groups, self.lr, self.betas, self.weight_decay)
+        if self.total_steps is None:
+            raise RuntimeError("set total_steps (data.total_steps) before configure_optimizers")
+        factor = schedule(self.schedule_name, self.total_steps, self.warmup, self.min_lr / self.lr)
+        return [optimizer], [{"scheduler": StepSchedule(optimizer, factor), "interval": "step"}]
+
+    def training_step(self, step: Step, batch_idx: int) -> dict[str, Tensor]:
+        """One optimizer step: forward and backward over its micro-batches, clip, update, next learning rate.
+
+        Returns:
+            `loss`: this rank's share of the step's loss; the mean over the ranks is the step's.
+        """
+        optimizer = self.optimizers()
+        losses = []
+
+        def backward() -> None:
+            optimizer.zero_grad()
+            last = len(step["micro_batches"]) - 1
+            for index, batch in enumerate(step["micro_batches"]):
+                with self._gradient_sync(index == last):
+                    loss = self.loss(batch)
+                    self.manual_backward(loss)
+                losses.append(loss.detach())
+
+        optimizer.step(closure=backward)
+        self.lr_schedulers().step()
+        return {"loss": torch.stack(losses).sum()}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and keep a non-finite gradient away from the weights."""
+        self.grad_norm = clip_and_guard(self.trainable_parameters(), optimizer, self.clip)
+
+    @contextmanager
+    def _gradient_sync(self, now: bool) -> Iterator[None]:
+        """Hold the exchange of gradients back until the step's last micro-batch."""
+        hold = getattr(self.trainer.strategy, "block_backward_sync", None)
+        with nullcontext() if now or hold is None or self.trainer.world_size == 1 else hold():
+            yield
+
+    # ---- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count."""
+        self._sums = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a micro-batch to its set's sums."""
+        sums = self.validation_sums(batch).double()
+        self._sums[dataloader_idx] = self._sums.get(dataloader_idx, torch.zeros_like(sums)) + sums
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_loss` (over all sets), and `val_loss/NAME` where there are several."""
+        names = self.trainer.datamodule.val_names
+        totals = {i: self.trainer.strategy.reduce(s, reduce_op="sum") for i, s in sorted(self._sums.items())}
+        if not totals:
+            return
+        whole = torch.stack(list(totals.values())).sum(0)
+        values = {"val_loss": whole[0] / whole[1]}
+        if len(totals) > 1:
+            values |= {f"val_loss/{names[i]}": total[0] / total[1] for i, total in totals.items()}
+        self.val_losses = {name: float(value) for name, value in values.items()}
+        if not self.trainer.sanity_checking:
+            self.log_dict({name: value.float() for name, value in values.items()}, logger=False)
+
+    # ---- checkpoints: what is trained, never the frozen base
+
+    strict_loading = False  # a checkpoint lacks the base; on_load_checkpoint checks what it must hold
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained only."""
+        checkpoint["state_dict"] = self.tuner.trainable_state(self.net.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load what is trained; a missing or unknown name is an error."""
+        self.tuner.load_trainable_state(self.net.model, checkpoint["state_dict"])
