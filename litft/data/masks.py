@@ -10,6 +10,7 @@ end-of-turn token; whatever cannot be found this way raises `MaskError`, never a
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ Span = tuple[int, int]
 """Half-open range of characters."""
 
 _OPEN, _CLOSE = "\U0010fdd0", "\U0010fdd1"
-_MARK = re.compile(f"{_OPEN}(\\d+)([a-z]){_CLOSE}")
+_MARK = re.compile(f"{_OPEN}(\\d+)([a-zA-Z]){_CLOSE}")  # some templates write text in capitals
 _RESERVED = re.compile("[\U0010fdd0\U0010fdd1\U0010fde0\U0010fde1]")
 _TAGS = re.compile(r"(?:\s*<[^<>]*>)?(.*?)(?:<[^<>]*>\s*)?", re.DOTALL)
 
@@ -120,7 +121,7 @@ def lay_out(render: Render, messages: Sequence[Message], tools: list | None, tex
             marks, position = [], 0
             for k in range(1, len(pieces), 3):
                 position += len(pieces[k - 1])
-                marks.append((position, int(pieces[k]), pieces[k + 1]))
+                marks.append((position, int(pieces[k]), pieces[k + 1].lower()))
             return Layout(text, marks, outside, arguments)
     raise MaskError(
         "the chat template rewrites the text of the messages, so the answers can't be found in what it renders",
@@ -170,11 +171,20 @@ def _wrap_leaves(value: Any, message: int) -> Any:
     return value
 
 
-def answers(layout: Layout, messages: Sequence[Message], scaffold: Scaffold) -> Iterator[Answer]:
+def answers(
+    layout: Layout, messages: Sequence[Message], scaffold: Scaffold, prompt_before: Callable[[int], str]
+) -> Iterator[Answer]:
     """What the model has to produce for each assistant message, in order.
 
     An answer begins where the generation prompt ends and ends after its end-of-turn token. Both are searched for only
     between the marks of texts, so nothing that a text spells is taken for scaffold.
+
+    Args:
+        layout: where the texts stand.
+        messages: the messages, as laid out.
+        scaffold: what the template writes around texts.
+        prompt_before: renders the messages before i with the generation prompt, for the template that doesn't write the
+            same before every answer.
 
     Raises:
         MaskError: a beginning or an end can't be found.
@@ -195,7 +205,13 @@ def answers(layout: Layout, messages: Sequence[Message], scaffold: Scaffold) -> 
             if i in last:
                 at, before, rest = last[i], message["role"], layout.outside[i][1]
             continue
-        begin = at if joined else _beginning(text, at, first.get(i, until[i]), before, rest, i, scaffold)
+        room = first.get(i, until[i])
+        begin = at if joined else _beginning(text, at, room, before, rest, scaffold)
+        if begin < 0:
+            prompt = prompt_before(i)
+            if not (prompt and text.startswith(prompt) and at <= len(prompt) <= room):
+                raise MaskError(f"the generation prompt does not stand before assistant message {i + 1}")
+            begin = len(prompt)
         own = max(begin, last.get(i, begin))  # the end of the message's own texts
         follower = messages[i + 1]["role"] if i + 1 < len(messages) else ""
         found = ends.search(text, own, until[i])
@@ -227,8 +243,8 @@ def _extents(layout: Layout, count: int) -> tuple[dict[int, int], dict[int, int]
     return first, last
 
 
-def _beginning(text: str, at: int, room: int, before: str, rest: str, message: int, scaffold: Scaffold) -> int:
-    """Where the answer begins, between `at`, the end of the message before but for its `rest`, and its own text."""
+def _beginning(text: str, at: int, room: int, before: str, rest: str, scaffold: Scaffold) -> int:
+    """Where the answer begins: after `at`, where the message before ends but for its `rest`, before `room`; or -1."""
     for prompt in scaffold.prompts.get(before, ()):
         for skipped in dict.fromkeys((len(rest), len(rest.rstrip()), *range(len(rest)))):
             end = at + skipped + len(prompt)
@@ -239,8 +255,35 @@ def _beginning(text: str, at: int, room: int, before: str, rest: str, message: i
         found = text.find(header, at, room)
         if found >= 0:
             return found + len(header)
-    raise MaskError(f"the generation prompt does not stand before assistant message {message + 1}")
+    return -1
 
 
 def _find(text: str, parts: Sequence[str], begin: int, end: int) -> int:
     return min((at for part in parts if (at := text.find(part, begin, end)) >= 0), default=-1)
+
+
+def within(answers: Sequence[Answer], native: Sequence[Span]) -> list[Span]:
+    """The parts of the answers that the template marks, with the end of turn wherever it marks a part of the answer."""
+    spans, at = [], 0
+    for answer in answers:
+        while at < len(native) and native[at][1] <= answer.begin:
+            at += 1
+        inside = at
+        while inside < len(native) and native[inside][0] < answer.end:
+            begin, end = native[inside]
+            spans.append((max(begin, answer.begin), min(end, answer.end)))
+            inside += 1
+        if inside > at and answer.close < answer.end:
+            spans.append((max(answer.close, spans[-1][1]), answer.end))
+        at = inside
+    return [(begin, end) for begin, end in spans if begin < end]
+
+
+def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Which tokens (by their character ranges, in order) hold a character of one of the spans."""
+    trained = [False] * len(offsets)
+    begins, ends = zip(*offsets, strict=True) if offsets else ((), ())
+    for begin, end in spans:
+        first, stop = bisect_right(ends, begin), bisect_left(begins, end)
+        trained[first:stop] = [True] * (stop - first)
+    return trained

@@ -63,15 +63,18 @@ class Form:
             shaped["content"] = [{"type": "text", "text": shaped["content"]}]
         if "reasoning_content" in shaped:
             shaped.setdefault("thinking", shaped["reasoning_content"])
-        if self.json_arguments and shaped.get("tool_calls"):
-            shaped["tool_calls"] = [_with_json(call) for call in shaped["tool_calls"]]
+        if shaped.get("tool_calls"):
+            shaped["tool_calls"] = [_with_arguments(call, self.json_arguments) for call in shaped["tool_calls"]]
         return shaped
 
 
-def _with_json(call: dict) -> dict:
+def _with_arguments(call: dict, json_string: bool) -> dict:
     arguments = call["function"]["arguments"]
-    if not isinstance(arguments, str):
+    if json_string and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not json_string and isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
@@ -87,7 +90,7 @@ def find_form(render: Render) -> Form:
     parts, refusal = False, None
     for parts in (False, True):
         try:
-            if str(_USER["content"]) in render([_USER], None, form=Form(parts)):
+            if _USER["content"] in render([_USER], None, form=Form(parts)).lower():
                 break
         except MaskError as error:
             refusal = refusal or error
@@ -117,7 +120,7 @@ def learn(render: Render, special_tokens: Sequence[str]) -> Scaffold:
     with contextlib.suppress(MaskError):  # a template may hold one question and one answer only
         gaps += [_gap(render, long, 0), _gap(render, long, 2)]
         between = _gap(render, long, 1)
-        opening = _own_text(render(ask, None).partition(str(_USER["content"]))[0], between, special_tokens)
+        opening = _own_text(_before(render, ask), between, special_tokens)
     prompts = {"user": _prompts(render, ask, None, gaps)}
     prompt = prompts["user"][0]
     shared = _common(prompt, _after(render, ask))  # the end of the user's turn
@@ -178,6 +181,12 @@ def _after(render: Render, messages: Sequence[Message], tools: list | None = Non
     return layout.text[max(positions) :]
 
 
+def _before(render: Render, messages: Sequence[Message]) -> str:
+    """What the template writes before the first text."""
+    layout = lay_out(render, messages, None, render(messages, None))
+    return layout.text[: layout.marks[0][0]]
+
+
 def _gap(render: Render, messages: Sequence[Message], i: int, tools: list | None = None) -> str:
     """What the template writes between the texts of messages i and i + 1."""
     layout = lay_out(render, messages, tools, render(messages, tools))
@@ -195,8 +204,10 @@ def _prompts(render: Render, messages: list[Message], tools: list | None, gaps: 
         other = _after(render, messages, tools, prompt=True, **_NO_THINKING)
     except MaskError:
         other = prompt
-    parts = sorted({prompt[: _common(prompt, gap)] for gap in (*gaps, other)}, key=len, reverse=True)
-    return tuple(dict.fromkeys((prompt, other, *filter(str.strip, parts))))
+    turn = _common(prompt, _after(render, messages, tools))  # the end of the message before
+    parts = {prompt[: _common(prompt, gap)] for gap in (*gaps, other)}
+    parts = {part for part in parts if part[turn:].strip()}
+    return tuple(dict.fromkeys((prompt, other, *sorted(parts, key=len, reverse=True))))
 
 
 def _own_text(opening: str, between: str, special_tokens: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from litft.data.masks import Span
+from litft.data.masks import MaskError, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,9 @@ class ChatTokenizer:
             blanks out of these ranges; the ends before blanks can't be told then, the beginnings after them neither.
         """
         ids, offsets = self._encode(self.tokenizer, text)
-        control = [k for k, token in enumerate(ids) if token in self.special_ids]
+        control = [
+            k for k, token in enumerate(ids) if token in self.special_ids and self._is_written(k, text, ids, offsets)
+        ]
         true = _outside(control, offsets, literal)
         if len(true) < len(control):
             ids, offsets = self._encode_escaped(text, ids, offsets, true)
@@ -76,7 +78,7 @@ class ChatTokenizer:
         shifts: list[tuple[int, int]] = []  # (where an alias ends in the new text, new minus old length so far)
         done = shift = length = 0
         for k in true:
-            token, alias = self.tokenizer.convert_ids_to_tokens(ids[k]), self._alias_of[ids[k]]
+            token, alias = self._text_of(ids[k]), self._alias_of[ids[k]]
             # A token that takes the blanks beside it covers more than its own letters: replace just these.
             begin, end = offsets[k]
             if (at := text.find(token, begin, end)) >= 0:
@@ -94,7 +96,20 @@ class ChatTokenizer:
                 at += 1
             after = shifts[at][1] if at < len(shifts) and shifts[at][0] <= end else before
             result.append((begin - before, end - after))
+        for k, new in enumerate(new_ids):
+            if new in self.special_ids and self._is_written(k, text, new_ids, result):
+                raise MaskError(
+                    f"a text spells {self._text_of(new)}, and the tokenizer makes the control token of plain text too",
+                    "remove it from the text, or use data.allow_special_tokens: true",
+                )
         return [self._id_of.get(i, i) for i in new_ids], result
+
+    def _text_of(self, token: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(token))
+
+    def _is_written(self, k: int, text: str, ids: list[int], offsets: list[Span]) -> bool:
+        """Whether a special token stands for its own name, not (as the unknown token does) for other text."""
+        return ids[k] != self.tokenizer.unk_token_id or self._text_of(ids[k]) in text[slice(*offsets[k])]
 
     def _make_escaped(self) -> PreTrainedTokenizerBase:
         """A copy of the tokenizer that knows an alias for every control token."""

@@ -12,16 +12,14 @@ import functools
 import hashlib
 import json
 import re
-from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from litft.data import masks
+from litft.data import complete, masks
 from litft.data.conversation import Conversation, Message
-from litft.data.masks import Answer, Layout, MaskError, Scaffold, Span
+from litft.data.masks import Layout, MaskError, Scaffold, Span
 from litft.data.scaffold import Form, find_form, learn
 from litft.data.special import ChatTokenizer
 from litft.errors import DataError, UserError
@@ -36,6 +34,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,60}[|｜]>")
+_MANY = 100  # messages; where each needs a render of all before it, the cost is quadratic
 _ASSISTANT: Message = {"role": "assistant"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -165,26 +164,28 @@ class ChatEncoder:
         scaffold = self._learn(tools)[1]
         text = self._render(messages, tools)
         layout = masks.lay_out(self._render, messages, tools, text)
-        _check_complete(layout, messages, tools, scaffold)
+        complete.check_texts(layout, messages, tools, scaffold)
         ids, offsets = self._tokens(text, self._literal(layout, messages))
         if self.train_on == "all" and all(wanted):
             return Encoded(ids, [True] * len(ids), text)
-        answers = list(masks.answers(layout, messages, scaffold))
+        answers = list(
+            masks.answers(layout, messages, scaffold, functools.partial(self._prompt_before, messages, tools))
+        )
         for answer in answers:
-            _check_calls(text, answer, messages[answer.message])
+            complete.check_calls(text, answer, messages[answer.message])
         if self.train_on == "all":
             unwanted = [(a.begin, a.end) for a in answers if not wanted[a.message]]
             unwanted += layout.texts([m if not w else _ASSISTANT for m, w in zip(messages, wanted, strict=True)])
-            trained = [not covered for covered in _covered(offsets, sorted(unwanted))]
+            trained = [not covered for covered in masks.covered(offsets, sorted(unwanted))]
         else:
             kept = [answer for answer in answers if wanted[answer.message]]
             spans = [(answer.begin, answer.end) for answer in kept]
             if self._marks_answers(tools):
-                spans = _within(kept, self._native_spans(messages, tools))
-            trained = _covered(offsets, spans)
+                spans = masks.within(kept, self._native_spans(messages, tools))
+            trained = masks.covered(offsets, spans)
         if not any(trained):
             raise MaskError("no token of this row would be trained", "see data.train_on and the messages' train flags")
-        return Encoded(ids, trained, text, _notes(text, answers, wanted, messages, scaffold, layout))
+        return Encoded(ids, trained, text, complete.notes(layout, answers, wanted, messages, scaffold))
 
     def _wanted(self, conversation: Conversation) -> list[bool]:
         """Which messages are trained."""
@@ -232,7 +233,7 @@ class ChatEncoder:
 
     def _native_spans(self, messages: Sequence[Message], tools: list | None) -> list[Span]:
         """The character ranges that the template puts between {% generation %} and {% endgeneration %}."""
-        encoding = self.tokenizer.apply_chat_template(
+        encoding: Any = self.tokenizer.apply_chat_template(
             self._learn(tools)[0](messages),
             tools=tools,
             return_dict=True,
@@ -258,6 +259,10 @@ class ChatEncoder:
     def _render(self, messages: Sequence[Message], tools: list | None, *, prompt: bool = False) -> str:
         return self._apply(messages, tools, prompt=prompt, form=self._learn(tools)[0])
 
+    def _prompt_before(self, messages: Sequence[Message], tools: list | None, i: int) -> str:
+        """The render of the messages before i with the generation prompt; of a long conversation, nothing."""
+        return self._render(messages[:i], tools, prompt=True) if 0 < i < _MANY else ""
+
     def _apply(
         self, messages: Sequence[Message], tools: list | None, *, form: Form, prompt: bool = False, **variables: Any
     ) -> str:
@@ -272,107 +277,6 @@ class ChatEncoder:
 
 def _data_error(error: MaskError, conversation: Conversation) -> DataError:
     return DataError(error.what, file=conversation.file or None, line=conversation.line or None, mend=error.mend)
-
-
-def _check_complete(layout: Layout, messages: Sequence[Message], tools: list | None, scaffold: Scaffold) -> None:
-    """Refuse a conversation of which the template leaves something out."""
-    if tools and not scaffold.tools:
-        raise MaskError("the chat template does not render tools", "use a template that does, or remove the tools")
-    marks = Counter((i, kind) for _, i, kind in layout.marks)
-    for i, message in enumerate(messages):
-        role, calls = message["role"], message.get("tool_calls")
-        if calls and not scaffold.tool_calls:
-            raise MaskError(
-                f"the chat template does not render tool_calls (message {i + 1})",
-                "use a template that does, or write the calls into the content",
-            )
-        if (message.get("content") or "").strip() and not (marks[i, "c"] or marks[i, "d"]):
-            beside = " beside its tool_calls" if calls else ""
-            raise MaskError(
-                f"the chat template does not render the content of message {i + 1} ({role}){beside}",
-                "use a template that does, or remove the message's content",
-            )
-        for call in calls or ():
-            keys, strings = _leaves(call["function"]["arguments"])
-            if any(end in key for key in (call["function"]["name"], *keys) for end in scaffold.ends):
-                raise MaskError(f"a function or argument name in message {i + 1} contains an end-of-turn token")
-            marks[i, "a"] -= sum(1 for text in strings if text.strip())
-        if layout.arguments and marks[i, "a"] < 0:
-            raise MaskError(f"the chat template does not render all tool_calls of message {i + 1}")
-
-
-def _leaves(value: Any) -> tuple[list[str], list[str]]:
-    """The keys and the strings in a nested value."""
-    if isinstance(value, str):
-        return [], [value]
-    keys, strings = (list(value), []) if isinstance(value, dict) else ([], [])
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        more = _leaves(item)
-        keys, strings = keys + more[0], strings + more[1]
-    return keys, strings
-
-
-def _check_calls(text: str, answer: Answer, message: Message) -> None:
-    """Refuse an answer that does not name all the functions it calls."""
-    names = Counter(call["function"]["name"] for call in message.get("tool_calls") or ())
-    for name, times in names.items():
-        if text.count(name, answer.begin, answer.end) < times:
-            raise MaskError(f"the chat template does not render all tool_calls of message {answer.message + 1}")
-
-
-def _notes(
-    text: str,
-    answers: Sequence[Answer],
-    wanted: Sequence[bool],
-    messages: Sequence[Message],
-    scaffold: Scaffold,
-    layout: Layout,
-) -> tuple[str, ...]:
-    """What the template leaves out of a row by its own rules."""
-    notes = []
-    reasoned = {i for _, i, kind in layout.marks if kind in "rs"}
-    asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    for answer in answers:
-        i, message = answer.message, messages[answer.message]
-        # Reasoning before the last question is dropped by many templates, as it is when the model is served.
-        if wanted[i] and i > asked:
-            thought, closed, _ = (message.get("content") or "").rpartition("</think>")
-            thought = thought.rpartition("<think>")[2].strip() if closed else ""
-            lost = message.get("reasoning_content") and i not in reasoned
-            if lost or thought not in text[answer.begin : answer.end]:
-                notes.append("the chat template does not render the reasoning of the last answer")
-        if wanted[i] and scaffold.by_next and answer.close == answer.end:
-            notes.append(
-                "the chat template writes no end-of-turn token after the last answer, so none is trained there"
-            )
-    return tuple(dict.fromkeys(notes))
-
-
-def _within(answers: Sequence[Answer], native: Sequence[Span]) -> list[Span]:
-    """The parts of the answers that the template marks, with the end of turn wherever it marks a part of the answer."""
-    spans, at = [], 0
-    for answer in answers:
-        while at < len(native) and native[at][1] <= answer.begin:
-            at += 1
-        inside = at
-        while inside < len(native) and native[inside][0] < answer.end:
-            begin, end = native[inside]
-            spans.append((max(begin, answer.begin), min(end, answer.end)))
-            inside += 1
-        if inside > at and answer.close < answer.end:
-            spans.append((max(answer.close, spans[-1][1]), answer.end))
-        at = inside
-    return [(begin, end) for begin, end in spans if begin < end]
-
-
-def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens (by their character ranges, in order) hold a character of one of the spans."""
-    trained = [False] * len(offsets)
-    begins, ends = zip(*offsets, strict=True) if offsets else ((), ())
-    for begin, end in spans:
-        first, stop = bisect_right(ends, begin), bisect_left(begins, end)
-        trained[first:stop] = [True] * (stop - first)
-    return trained
 
 
 def truncate(encoded: Encoded, max_length: int) -> Encoded:

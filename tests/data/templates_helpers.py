@@ -12,13 +12,13 @@ from litft.data.conversation import Conversation
 CONTROL = """
 <|im_start|> <|im_end|> <|endoftext|> <bos> <eos> <s> </s> <|begin_of_text|> <|eot_id|> <|start_header_id|>
 <|end_header_id|> <start_of_turn> <end_of_turn> <|user|> <|assistant|> <|system|> <|observation|> [gMASK] <sop>
-<|end|> <|start|> <|channel|> <|message|> <|call|> <|return|> <|constrain|> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜>
-<｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> <｜tool▁call▁end｜> <｜tool▁sep｜> <｜tool▁outputs▁begin｜>
-<｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜> <end_of_utterance> <|START_OF_TURN_TOKEN|>
-<|END_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|>
-<|turn> <turn|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <|tool> <tool|> <|channel> <channel|> <|"|>
-<|tool_call_start|> <|tool_call_end|> <|tool_list_start|> <|tool_list_end|> <|tool_response_start|>
-<|tool_response_end|> <|eot|> <|eom|>
+<|end|> <|start|> <|channel|> <|message|> <|call|> <|return|> <|constrain|> <｜User｜> <｜Assistant｜>
+<｜end▁of▁sentence｜> <｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> <｜tool▁call▁end｜>
+<｜tool▁sep｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜>
+<end_of_utterance> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|>
+<|START_RESPONSE|> <|END_RESPONSE|> <|turn> <turn|> <|tool_call> <tool_call|> <|tool_response> <tool_response|>
+<|tool> <tool|> <|channel> <channel|> <|"|> <|tool_call_start|> <|tool_call_end|> <|tool_list_start|>
+<|tool_list_end|> <|tool_response_start|> <|tool_response_end|> <|eot|> <|eom|>
 """
 SPECIAL = CONTROL.split()
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]  # not special
@@ -174,7 +174,7 @@ class Family:
 
 
 _NO_TOOLS = {"tools": "does not render tools", "open call": "does not render tools"}
-_STRICT = {shape: "must alternate" for shape in ("in a row", "assistant first", "tools")} | {
+_STRICT = dict.fromkeys(("in a row", "assistant first", "tools"), "must alternate") | {
     "open call": "does not render tools"
 }
 _JSON = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
@@ -200,7 +200,7 @@ def _gemma4(**more: Any) -> Family:
 
 
 def _nemotron(space: str) -> Family:
-    """Without reasoning the template writes the no-thinking prompt; with it, the default one up to `<think>` and line."""
+    """Without reasoning the template writes the no-thinking prompt; with it, the default one."""
     return Family(
         _IM,
         think=f"Why two.{space}</think>{space}",
@@ -252,7 +252,7 @@ FAMILIES: dict[str, Family] = {
         call=_HARMONY,
     ),
     "idefics3": Family("<end_of_utterance>", lead=" ", cannot=_NO_TOOLS),
-    "lfm2": Family(_IM, cannot={shape: "does not render tool_calls" for shape in ("tools", "open call")}),
+    "lfm2": Family(_IM, cannot=dict.fromkeys(("tools", "open call"), "does not render tool_calls")),
     "lfm2_2_5": Family(_IM, think="<think>Why two.</think>", call=_LFM),
     "lfm2_2_5_v2": Family(_IM, think="<think>Why two.</think>", call=_LFM),
     "lfm2_2_5_vl": Family(_IM, think="<think>Why two.</think>", call=_LFM),

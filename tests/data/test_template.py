@@ -1,4 +1,4 @@
-"""The encoder: pitfalls b1 to b17, i3 and j2, special tokens, flags, templates of other makes, truncation, text rows."""
+"""The encoder: pitfalls b1 to b17, i3 and j2, flags, templates of other makes, tokenizers, text rows."""
 
 from __future__ import annotations
 
@@ -117,7 +117,10 @@ def test_b2_marks_decide_what_of_an_answer_is_trained() -> None:
 
 
 def test_b2_a_template_without_any_end_of_turn_is_refused() -> None:
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     with pytest.raises(DataError, match="writes no end-of-turn token"):
         encoder(template)(TWO)
 
@@ -218,7 +221,7 @@ def test_b9_tools_calls_and_results_survive(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama3", "phi3", "smolvlm", "lfm2", "deepseek_r1_distill", "qwen2_5_vl"])
 def test_b9_a_template_that_drops_tools_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="does not render tools|does not render tool_calls"):
+    with pytest.raises(DataError, match=r"does not render tools|does not render tool_calls"):
         encoder(stock(name))(_sentinel_row())
     row = _sentinel_row()
     row.tools = None
@@ -229,11 +232,11 @@ def test_b9_a_template_that_drops_tools_is_refused(name: str) -> None:
 def test_b9_a_second_call_that_is_dropped_is_refused() -> None:
     calls = [call("get_weather", {"city": "Paris"}), call("get_weather", {"city": "Rome"})]
     row = chat(user("Go"), assistant("", tool_calls=calls), result("a"), assistant("Done."), tools=TOOLS)
-    with pytest.raises(DataError, match="does not render all tool_calls of message 2"):
+    with pytest.raises(DataError, match=r"does not render all tool_calls of message 2"):
         encoder(stock("gptoss"))(row)
     numbers = [call("get_weather", {"n": 1}), call("get_weather", {"n": 2})]  # no string to look for, only names
     row.messages[1] = assistant("", tool_calls=numbers)
-    with pytest.raises(DataError, match="does not render all tool_calls of message 2"):
+    with pytest.raises(DataError, match=r"does not render all tool_calls of message 2"):
         encoder(stock("gptoss"))(row)
     assert '"Rome"' in trained(encoder(stock("qwen3"))(chat(user("Go"), assistant("", tool_calls=calls))))
 
@@ -265,9 +268,9 @@ def test_b10_arguments_as_mapping_or_json_string(name: str, form: str) -> None:
 
 def test_b10_a_template_that_prints_arguments_gets_json() -> None:
     template = CHATML.replace(
-        "message['content'] + '<|im_end|>\\n' }}",
+        "message['content'] + '<|im_end|>\n' }}",
         "message['content'] }}{% for t in message.tool_calls or [] %}<tool_call>{{ t.function.name }} "
-        "{{ t.function.arguments }}</tool_call>{% endfor %}{{ '<|im_end|>\\n' }}",
+        "{{ t.function.arguments }}</tool_call>{% endfor %}{{ '<|im_end|>\n' }}",
     )
     assert "tool_calls" in template
     text = trained(encoder(template)(chat(*CALLS.messages)))
@@ -372,7 +375,7 @@ def test_i3_allow_special_tokens_and_assistant_text() -> None:
 
 
 def test_i3_text_with_a_tag_at_its_edge() -> None:
-    """Qwen3 looks at how a user text begins and ends, so the marks stand inside the tags; the tags count as text too."""
+    """Qwen3 looks at how a user text begins and ends, so marks stand inside the tags; the tags are text too."""
     row = chat(
         user("Go"), user("<tool_response>21</tool_response>"), assistant("One."), user("<|im_end|>x"), assistant("T")
     )
@@ -414,7 +417,7 @@ def test_j2_templates_render_in_a_sandbox() -> None:
     for attack in ("().__class__.__base__.__subclasses__()", "cycler.__init__.__globals__.os.popen('id').read()"):
         encode = encoder(CHATML + "{{ " + attack + " }}")
         for render in (encode, encode.prompt):
-            with pytest.raises(DataError, match="unsafe|refuses"):
+            with pytest.raises(DataError, match=r"unsafe|refuses"):
                 render(TWO)
 
 
@@ -423,8 +426,8 @@ def test_j2_templates_render_in_a_sandbox() -> None:
 
 OTHERS = {
     "vicuna": (
-        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: "
-        "{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}"
+        "ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
         " One.</s> Two.</s>",
     ),
     "llama 2": (
@@ -461,7 +464,7 @@ OTHERS = {
     "last question repeated": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{{ messages[0].content }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "One.<|im_end|>Two.<|im_end|>",
+        "does not render every message in its place",
     ),
 }
 
@@ -518,7 +521,7 @@ def test_text_rows_are_trained_whole_and_end() -> None:
     ids = tokenizer()("the answer is 42")["input_ids"]
     assert encoded.ids == [*ids, tokenizer().eos_token_id] and all(encoded.trained)
     assert encoder(CHATML)(Conversation(text="the<eos>")).ids.count(tokenizer().eos_token_id) == 1
-    with pytest.raises(DataError, match="x.jsonl:3: the text is empty"):
+    with pytest.raises(DataError, match=r"x.jsonl:3: the text is empty"):
         encoder(CHATML)(Conversation(text="", file="x.jsonl", line=3))
 
 
@@ -527,7 +530,7 @@ def test_find_template_names_the_ways_out(tmp_path: Any) -> None:
     tok.chat_template = None
     with pytest.raises(UserError, match=r"no chat template[\s\S]*data.chat_template: chatml"):
         find_template(tok)
-    with pytest.raises(UserError, match="no file nowhere.jinja"):
+    with pytest.raises(UserError, match=r"no file nowhere.jinja"):
         find_template(tok, "nowhere.jinja")
     find_template(tok, "chatml")
     assert trained(ChatEncoder(tok)(TWO), tok) == "One.<|im_end|>Two.<|im_end|>"
@@ -606,6 +609,10 @@ def test_other_kinds_of_tokenizers() -> None:
         )
         assert text == "One.<|im_end|>Two.<|im_end|>", (kind, text)
         # The forged tokens are gone and everything after them is as in the plain tokenisation.
+        if kind == "unigram":  # its vocabulary holds the control tokens as pieces of text
+            with pytest.raises(DataError, match="makes the control token of plain text too"):
+                encode(chat(user("Hi?<|im_end|>"), *TWO.messages[1:]))
+            continue
         forged = encode(chat(user("Hi?<|im_end|>"), *TWO.messages[1:]))
         plain = tok.apply_chat_template([user("Hi?<|im_end|>"), *TWO.messages[1:]])["input_ids"]
         after = plain[plain.index(tok.convert_tokens_to_ids("<|im_end|>")) + 2 :]

@@ -1,0 +1,84 @@
+"""Whether a template renders all of a conversation: what it leaves out is an error, or said where that is its design."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from litft.data.conversation import Message
+from litft.data.masks import Answer, Layout, MaskError, Scaffold
+
+
+def check_texts(layout: Layout, messages: Sequence[Message], tools: list | None, scaffold: Scaffold) -> None:
+    """Refuse a conversation of which the template leaves something out."""
+    if tools and not scaffold.tools:
+        raise MaskError("the chat template does not render tools", "use a template that does, or remove the tools")
+    marks = Counter((i, kind) for _, i, kind in layout.marks)
+    for i, message in enumerate(messages):
+        role, calls = message["role"], message.get("tool_calls")
+        if calls and not scaffold.tool_calls:
+            raise MaskError(
+                f"the chat template does not render tool_calls (message {i + 1})",
+                "use a template that does, or write the calls into the content",
+            )
+        if (message.get("content") or "").strip() and not (marks[i, "c"] or marks[i, "d"]):
+            beside = " beside its tool_calls" if calls else ""
+            raise MaskError(
+                f"the chat template does not render the content of message {i + 1} ({role}){beside}",
+                "use a template that does, or remove the message's content",
+            )
+        for call in calls or ():
+            keys, strings = _leaves(call["function"]["arguments"])
+            if any(end in key for key in (call["function"]["name"], *keys) for end in scaffold.ends):
+                raise MaskError(f"a function or argument name in message {i + 1} contains an end-of-turn token")
+            marks[i, "a"] -= sum(1 for text in strings if text.strip())
+        if layout.arguments and marks[i, "a"] < 0:
+            raise MaskError(f"the chat template does not render all tool_calls of message {i + 1}")
+
+
+def _leaves(value: Any) -> tuple[list[str], list[str]]:
+    """The keys and the strings in a nested value."""
+    if isinstance(value, str):
+        return [], [value]
+    keys: list[str] = list(value) if isinstance(value, dict) else []
+    strings: list[str] = []
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        more = _leaves(item)
+        keys, strings = keys + more[0], strings + more[1]
+    return keys, strings
+
+
+def check_calls(text: str, answer: Answer, message: Message) -> None:
+    """Refuse an answer that does not name all the functions it calls."""
+    names = Counter(call["function"]["name"] for call in message.get("tool_calls") or ())
+    for name, times in names.items():
+        if text.count(name, answer.begin, answer.end) < times:
+            raise MaskError(f"the chat template does not render all tool_calls of message {answer.message + 1}")
+
+
+def notes(
+    layout: Layout,
+    answers: Sequence[Answer],
+    wanted: Sequence[bool],
+    messages: Sequence[Message],
+    scaffold: Scaffold,
+) -> tuple[str, ...]:
+    """What the template leaves out of a row by its own rules."""
+    found = []
+    reasoned = {i for _, i, kind in layout.marks if kind in "rs"}
+    asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for answer in answers:
+        i, message = answer.message, messages[answer.message]
+        # Reasoning before the last question is dropped by many templates, as it is when the model is served.
+        if wanted[i] and i > asked:
+            thought, closed, _ = (message.get("content") or "").rpartition("</think>")
+            thought = thought.rpartition("<think>")[2].strip() if closed else ""
+            lost = message.get("reasoning_content") and i not in reasoned
+            if lost or thought not in layout.text[answer.begin : answer.end]:
+                found.append("the chat template does not render the reasoning of the last answer")
+        if wanted[i] and scaffold.by_next and answer.close == answer.end:
+            found.append(
+                "the chat template writes no end-of-turn token after the last answer, so none is trained there"
+            )
+    return tuple(dict.fromkeys(found))
