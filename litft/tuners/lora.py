@@ -181,6 +181,22 @@ class LoRA(Tuner):
         r, alpha = self.rank_of(name), _by_pattern(self.alpha_pattern, name, self.alpha)
         return alpha / math.sqrt(r) if self.rslora else alpha / r
 
+    def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """As `Tuner.param_groups`.
+
+        Raises:
+            UserError: something cast the adapters to 16 bits since `apply` (Lightning's `bf16-true` does); most of
+                their updates would be rounded away.
+        """
+        groups = super().param_groups(model, lr, weight_decay)
+        for dtype in {param.dtype for group in groups for param in group["params"]}:
+            if dtype.itemsize < 4:
+                raise UserError(
+                    f"the adapter was cast to {dtype}, in which small updates are lost\n"
+                    "use precision bf16-mixed: it keeps the adapter in fp32 and computes in bf16"
+                )
+        return groups
+
     def lr_ratio(self, name: str) -> float:
         """LoRA+: the Bs learn faster."""
         return self.lora_plus_ratio if self.lora_plus_ratio and "lora_B" in name.split(".") else 1.0

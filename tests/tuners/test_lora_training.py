@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -70,28 +71,51 @@ def test_d3_small_updates_are_not_lost() -> None:
         assert moved.median() > 5e-6, name
 
 
-def test_d3_lightning_mixed_precision_leaves_adapters_fp32() -> None:
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = tiny_model("llama").to(torch.bfloat16)
-            LoRA(r=4).apply(self.model)
-            self.dtypes: set[torch.dtype] = set()
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model("llama").to(torch.bfloat16)
+        self.tuner = LoRA(r=4)
+        self.tuner.apply(self.model)
+        self.dtypes: set[torch.dtype] = set()
 
-        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
-            self.dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad}
-            return self.model(batch, labels=batch).loss
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        self.dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad}
+        return self.model(batch, labels=batch).loss
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(LoRA().param_groups(self.model, 1e-3, 0.0))
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.tuner.param_groups(self.model, 1e-3, 0.0))
 
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_d3_lightning_leaves_adapters_fp32_or_is_told_off(precision: Any) -> None:
     module = Module()
     trainer = lightning.Trainer(
-        max_steps=1, accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, barebones=False,
-    )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader([ids()[0], ids()[1]], batch_size=2))
-    assert module.dtypes == {torch.float32}
+        max_steps=1,
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = torch.utils.data.DataLoader([ids()[0], ids()[1]], batch_size=2)
+    if precision == "bf16-true":  # casts every parameter before the optimizer is made
+        with pytest.raises(UserError, match="bf16-mixed"):
+            trainer.fit(module, data)
+    else:
+        trainer.fit(module, data)
+        assert module.dtypes == {torch.float32}
+
+
+def test_a_copy_of_an_adapted_model_is_a_model_of_its_own() -> None:
+    model, tuner = trained("qwen3", trainable_rows=[5, 7], dora=True)
+    twin = copy.deepcopy(model)
+    ours = logits(model)
+    assert torch.equal(logits(twin), ours)
+    assert set(tuner.trainable_state(twin)) == set(tuner.trainable_state(model))  # the tied rows are still one
+    perturb(twin)
+    assert torch.equal(logits(model), ours) and not torch.equal(logits(twin), ours)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
