@@ -103,7 +103,7 @@ class StepMetrics(Callback):
             "step": step,
             "epoch": round(epoch + (index + 1) / len(trainer.datamodule.plan.steps(epoch)), 4),  # type: ignore[attr-defined]
             "loss": loss,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"] if step == total else self._lr(trainer),
+            "lr": self._lr(trainer),
             "grad_norm": float(pl_module.grad_norm),
             "tokens": batch["tokens"],
             "trained_tokens": batch["trained"],

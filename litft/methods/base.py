@@ -18,7 +18,7 @@ from litft.engine.optimizers import build_optimizer
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.models.alias import DEFAULT_MODEL
-from litft.tuners import LoRA, Tuner
+from litft.tuners import LoRA, Tuner, merge_adapter
 
 
 class Method(LightningModule):
@@ -154,9 +154,14 @@ class Method(LightningModule):
         model = load_model(
             self.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=self.trust_remote_code
         )
+        adapter = self.source.adapter
+        if adapter is not None and isinstance(self.tuner, LoRA):  # go on with it
+            self.tuner = self.tuner.continuing(adapter)
+        elif adapter is not None:  # full tuning starts from what base and adapter are together
+            merge_adapter(model, adapter)
         self.applied = self.tuner.apply(model)
-        if self.source.adapter is not None:
-            self.tuner.load(model, self.source.adapter)
+        if adapter is not None and isinstance(self.tuner, LoRA):
+            self.tuner.load(model, adapter)
         if self.recompute == "full":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()

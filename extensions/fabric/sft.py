@@ -1,0 +1,77 @@
+"""Supervised fine-tuning with a loop of your own: the parts of `litft finetune`, driven by Lightning Fabric.
+
+    python extensions/fabric/sft.py --data tutorials/data/quickstart.jsonl --devices 2
+
+Backward, clip, step and schedule stand in plain sight; change them. The losses are those of the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from lightning import Fabric
+
+from litft import SFT, ChatData, Full, LoRA, QLoRA
+from litft.engine.precision import default_precision
+from litft.export.final import save_final
+
+
+def main(args: argparse.Namespace) -> list[float]:
+    """Train and write OUT; returns the loss of each optimizer step."""
+    precision = args.precision or default_precision()
+    fabric = Fabric(devices=args.devices, accelerator=args.accelerator, precision=precision, strategy=args.strategy)
+    fabric.launch()
+    os.environ["PL_GLOBAL_SEED"] = str(args.seed)
+    torch.manual_seed(args.seed)
+
+    method = SFT(path=args.model, tuner={"full": Full, "lora": LoRA, "qlora": QLoRA}[args.tuner](), lr=args.lr)
+    data = ChatData(args.data, tokens_per_step=args.tokens_per_step)
+    with fabric.rank_zero_first():  # the first encodes, the others read its cache
+        data.prepare(method, max_steps=args.max_steps, ranks=fabric.world_size, rank=fabric.global_rank)
+    method.total_steps = data.total_steps
+    method.build(precision, fabric.device)
+    [optimizer], [schedule] = method.configure_optimizers()
+    method, optimizer = fabric.setup(method, optimizer)
+    method.mark_forward_method("loss")
+
+    losses: list[float] = []
+    for epoch in range(data.plan.locate(data.total_steps - 1)[0] + 1):
+        for step in fabric.setup_dataloaders(data.train_dataloader(epoch, 0), use_distributed_sampler=False):
+            total = torch.zeros((), device=fabric.device)
+            for index, batch in enumerate(step["micro_batches"]):
+                last = index == len(step["micro_batches"]) - 1
+                with fabric.no_backward_sync(method, enabled=not last):
+                    loss = method.loss(batch)  # already divided by the trained tokens of the whole step
+                    fabric.backward(loss)
+                total += loss.detach()
+            fabric.clip_gradients(method, optimizer, max_norm=method.clip)
+            optimizer.step()
+            schedule["scheduler"].step()
+            optimizer.zero_grad()
+            losses.append(float(fabric.all_reduce(total, reduce_op="mean")))
+            fabric.print(f"step {len(losses)}/{data.total_steps}  loss {losses[-1]:.4f}")
+            if len(losses) == data.total_steps:
+                break
+
+    method = method.module
+    save_final(method.net.model, method.tuner, method.tokenizer, args.out, base=method.source.base_name, stop_ids=data.stop_ids)
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, nargs="+")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--tuner", default="lora", choices=["full", "lora", "qlora"])
+    parser.add_argument("--out", default="fabric-out")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--tokens_per_step", type=int)
+    parser.add_argument("--precision")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--seed", type=int, default=42)
+    main(parser.parse_args())
