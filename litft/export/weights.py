@@ -48,19 +48,18 @@ def full_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[
 
     keep = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     state: dict[str, Tensor] = {}
-    stored: dict[int, Tensor] = {}  # by the identity of the live parameter, which tied names share
+    stored: dict[int, Tensor | None] = {}  # by the identity of the live parameter, which tied names share
     for name, live in model.state_dict(keep_vars=True).items():
         if id(live) not in stored:
             value = live.detach()
             if isinstance(value, DTensor):
                 value = value.full_tensor()
-            if not keep:
-                continue
             if isinstance(live, torch.nn.Parameter) and value.is_floating_point():
                 value = value.to(dtype or value.dtype)
-            stored[id(live)] = value.cpu()
-        state[_WRAPPER.sub("", name)] = stored[id(live)]
-    return state if keep else {}
+            stored[id(live)] = value.cpu() if keep else None
+        if (kept := stored[id(live)]) is not None:
+            state[_WRAPPER.sub("", name)] = kept
+    return state
 
 
 def exported_config(model: PreTrainedModel, dtype: torch.dtype) -> PretrainedConfig:

@@ -309,19 +309,24 @@ def _batches(encoded: list[list[int]], rooms: list[int], batch_size: int) -> Ite
 def run(bundle: ChatModel, rows: list[list[int]], settings: GenerationConfig, streamer: Any = None) -> list[list[int]]:
     """The new tokens for each row of prompt tokens, which are padded on the left to one length."""
     import torch
+    from transformers import GenerationConfig
 
     width = max(map(len, rows))
     pad = settings.pad_token_id or 0  # any token: the mask hides it
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    device = bundle.model.device
-    with torch.inference_mode():
-        model: Any = bundle.model
-        out = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            tokenizer=bundle.tokenizer if settings.stop_strings else None,
-            streamer=streamer,
-        )
+    model: Any = bundle.model
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # blank, or `generate` would fill what `settings` leaves out from it
+    try:
+        with torch.inference_mode():
+            out = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+                tokenizer=bundle.tokenizer if settings.stop_strings else None,
+                streamer=streamer,
+            )
+    finally:
+        model.generation_config = own
     return out[:, width:].tolist()

@@ -138,7 +138,6 @@ def load_for_inference(
     settings = _own_settings(source.adapter) or model.generation_config
     encoder = ChatEncoder(tokenizer) if tokenizer.chat_template else None
     settings = generation_settings(settings, tokenizer, _template_stops(encoder))
-    model.generation_config = type(settings)()  # blank: every call passes all its settings
     return ChatModel(model, tokenizer, settings, set(as_ids(settings.eos_token_id)), encoder, str(name))
 
 

@@ -178,10 +178,13 @@ def test_f2_the_folder_is_complete_and_free_of_training_settings(tmp_path: Path)
 def test_f2_the_live_model_and_tokenizer_stay_as_they_were(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer(eos_token="<|endoftext|>")
     model.config.use_cache = False
+    model.set_attn_implementation("eager")
     tokenizer(["a b c"], truncation=True, max_length=4)
     settings, weights = model.generation_config, {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config.to_dict()
-    export(model, tmp_path / "final", tokenizer=tokenizer, dtype=torch.bfloat16)
+    final = export(model, tmp_path / "final", tokenizer=tokenizer, dtype=torch.bfloat16)
+    assert "eager" not in (final / "config.json").read_text()  # the attention of training
+    assert model.config._attn_implementation == "eager"
     assert model.training
     assert model.config.to_dict() == config
     assert model.generation_config is settings

@@ -69,7 +69,7 @@ def answering(llama: ChatModel, ids: list[int]) -> ChatModel:
     """A stand-in whose model answers with these tokens, whatever it is asked."""
 
     class Fixed(torch.nn.Module):
-        config, device = llama.model.config, torch.device("cpu")
+        config, generation_config, device = llama.model.config, llama.settings, torch.device("cpu")
 
         def generate(self, rows: torch.Tensor, streamer: Any = None, **_: Any) -> torch.Tensor:
             if streamer is not None:
@@ -138,6 +138,8 @@ def test_how_tokens_are_chosen_is_the_models_own_choice_unless_said(llama: ChatM
 
 
 def test_nothing_is_warned_of(llama: ChatModel, caplog: pytest.LogCaptureFixture, recwarn: Any) -> None:
+    # Settings that warn where they are mixed with those of a call: `llama` has to be left with them, too.
+    own = llama.model.generation_config = type(llama.settings)(max_length=20, do_sample=True, temperature=0.6)
     logging.getLogger("transformers").propagate = True
     try:
         for temperature in (None, 0, 0.7):
@@ -145,6 +147,7 @@ def test_nothing_is_warned_of(llama: ChatModel, caplog: pytest.LogCaptureFixture
         generate(llama, ["x"], max_new_tokens=4, stop=["y"])
     finally:
         logging.getLogger("transformers").propagate = False
+    assert llama.model.generation_config is own
     assert [record.getMessage() for record in caplog.records] == []
     assert [str(warning.message) for warning in recwarn.list] == []
 
