@@ -15,7 +15,6 @@ from lightning import Fabric
 
 from litft import SFT, ChatData, Full, LoRA, QLoRA
 from litft.engine.precision import default_precision
-from litft.export.final import save_final
 
 
 def main(args: argparse.Namespace) -> list[float]:
@@ -55,8 +54,7 @@ def main(args: argparse.Namespace) -> list[float]:
             if len(losses) == data.total_steps:
                 break
 
-    method = method.module
-    save_final(method.net.model, method.tuner, method.tokenizer, args.out, base=method.source.base_name, stop_ids=data.stop_ids)
+    method.module.save(args.out)
     return losses
 
 

@@ -278,16 +278,9 @@ class ChatData(LightningDataModule):
     def _stores(self, tokenizer: Any) -> tuple[list[TokenStore], dict[str, TokenStore]]:
         if not hasattr(self, "_encoded"):
             encoder = ChatEncoder(tokenizer, train_on=self.train_on, allow_special_tokens=self.allow_special_tokens)
-            self._encoder = encoder
             train = [self._store(source, encoder) for source in self.train_files]
             self._encoded = train, {name: self._store(source, encoder) for name, source in self.val_files.items()}
         return self._encoded
-
-    @property
-    def stop_ids(self) -> set[int]:
-        """The end-of-turn tokens that were trained, on which the model will stop."""
-        encoder = self._encoder
-        return set(encoder.stop_ids) if encoder.tokenizer.chat_template else set()
 
     def _is_chat(self, source: str) -> bool:
         first = next(iter(read_rows(source, revision=self.revision)))

@@ -72,7 +72,8 @@ class StepMetrics(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The losses before training, as the record of step 0."""
-        if losses := getattr(pl_module, "val_losses", None):
+        whole = trainer.num_sanity_val_steps == float("inf")  # fewer batches than all are no loss worth keeping
+        if whole and (losses := getattr(pl_module, "val_losses", None)):
             self.losses_before = dict(losses)
             self.record = {"step": 0, "epoch": 0.0, **losses}
             self._send(trainer)

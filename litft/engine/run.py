@@ -152,8 +152,6 @@ def _finish(
     trainer: Trainer, method: Method, data: ChatData, folder: Path, checkpoints: Checkpoints, metrics: StepMetrics
 ) -> Outcome:
     """Put the chosen weights into the model and write `final/`."""
-    from litft.export.final import save_final
-
     last, best = trainer.global_step, checkpoints.best
     outcome = Outcome(folder, metrics.losses_before, metrics.losses_after, last, f"the last, step {last}")
     if best and checkpoints.final == "best":
@@ -163,15 +161,7 @@ def _finish(
             assert checkpoints.folder is not None
             state = torch.load(checkpoints.folder / "best" / FILE, map_location="cpu", weights_only=True)
             method.tuner.load_trainable_state(method.net.model, state["state_dict"])
-    save_final(
-        method.net.model,
-        method.tuner,
-        method.tokenizer,
-        folder / "final",
-        base=method.source.base_name,
-        revision=method.source.revision,
-        stop_ids=data.stop_ids,
-    )
+    method.save(folder / "final")
     return outcome
 
 

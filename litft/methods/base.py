@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -180,6 +181,12 @@ class Method(LightningModule):
 
     # ---- the optimizer step
 
+    def configure_callbacks(self) -> list[Any]:
+        """Records of logged steps, where the Trainer wasn't given a callback that makes them."""
+        from litft.engine.metrics import StepMetrics
+
+        return [] if any(isinstance(c, StepMetrics) for c in self.trainer.callbacks) else [StepMetrics()]
+
     def setup(self, stage: str) -> None:
         """Take the length of the run from the plan."""
         data = getattr(self.trainer, "datamodule", None)
@@ -253,6 +260,23 @@ class Method(LightningModule):
         self.val_losses = {name: float(value) for name, value in values.items()}
         if not self.trainer.sanity_checking:
             self.log_dict({name: value.float() for name, value in values.items()}, logger=False)
+
+    # ---- the result
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what was trained as a plain model or PEFT adapter folder, with tokenizer and generation settings.
+
+        Args:
+            folder: complete afterwards, or untouched; an older result there is replaced.
+        """
+        from litft.data.template import ChatEncoder
+        from litft.export.final import save_final
+
+        stops = set(ChatEncoder(self.tokenizer).stop_ids) if self.tokenizer.chat_template else set()
+        base, revision = self.source.base_name, self.source.revision
+        return save_final(
+            self.net.model, self.tuner, self.tokenizer, folder, base=base, revision=revision, stop_ids=stops
+        )
 
     # ---- checkpoints: what is trained, never the frozen base
 
