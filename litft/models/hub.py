@@ -32,6 +32,7 @@ def download(
     from huggingface_hub import constants, errors, snapshot_download
 
     allowed = _TEXTS + ["*.safetensors"] * weights + ["*.py"] * code
+    cut_off = offline or constants.HF_HUB_OFFLINE
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=allowed, ignore_patterns=_IGNORED, local_files_only=offline
@@ -53,8 +54,7 @@ def download(
             "check the spelling; a private model needs a log-in: hf auth login (or set HF_TOKEN)"
         ) from error
     except errors.LocalEntryNotFoundError as error:  # no network, or told to do without
-        told = offline or constants.HF_HUB_OFFLINE
-        why = "the hub is switched off (HF_HUB_OFFLINE)" if told else f"{constants.ENDPOINT} cannot be reached"
+        why = "the hub is switched off (HF_HUB_OFFLINE)" if cut_off else f"{constants.ENDPOINT} cannot be reached"
         raise UserError(
             f"there is no folder {name} here; as a hub model it is not (wholly) in the cache, and {why}\n"
             f"with network, once: litft download {name}; a mirror goes into HF_ENDPOINT; or name a folder"
@@ -66,6 +66,11 @@ def download(
             "try again later, or set HF_ENDPOINT to a mirror"
         ) from error
     if weights and not any(Path(folder).glob("*.safetensors")):
+        if cut_off:
+            raise UserError(
+                f"{name} is in the cache without its weights, and the hub is switched off (HF_HUB_OFFLINE)\n"
+                f"with network, once: litft download {name}"
+            )
         raise UserError(
             f"{name} has no safetensors weights on the hub; pickled weights can run code and are not fetched\n"
             "choose a safetensors copy of it, or convert it where you trust it and name that folder"
