@@ -75,7 +75,8 @@ def save_final(
     if not _is_first_rank():
         return folder
     config = exported_config(plain, dtype)
-    config.eos_token_id, config.pad_token_id = generation.eos_token_id, generation.pad_token_id
+    # Not the pad token: as `padding_idx` it would keep that token's embedding from learning if training goes on.
+    config.eos_token_id = generation.eos_token_id
     with new_folder(folder) as new:
         save_weights(plain, state, config, new)
         _save_text_files(tokenizer, generation, new)

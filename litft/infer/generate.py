@@ -93,7 +93,7 @@ def generate_file(
     """Answer the last user turn of every row and write JSONL: the messages up to it, and the answer.
 
     All rows are read and encoded before the first is answered, so that a bad one costs no time. The file appears when
-    it is complete.
+    it is complete; what was answered before an interruption stays in `OUT.part`.
 
     Args:
         bundle: of `load_for_inference`.
@@ -130,8 +130,8 @@ def generate_file(
 
 @contextlib.contextmanager
 def _new_file(out: Path) -> Iterator[TextIO]:
-    """A file that appears as `out` when the block ends well, and not at all otherwise."""
-    part = out.with_name(f".{out.name}.part")
+    """A file that appears as `out` when the block ends well; what an interruption left of it stays as `OUT.part`."""
+    part = out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = part.open("w", encoding="utf-8", newline="\n")
@@ -141,9 +141,9 @@ def _new_file(out: Path) -> Iterator[TextIO]:
         with file:
             yield file
         os.replace(part, out)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        if part.exists() and part.stat().st_size == 0:
+            part.unlink()
 
 
 def _questions(bundle: ChatModel, data_file: str, bad_rows: str) -> tuple[list[Conversation], int]:

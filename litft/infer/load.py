@@ -99,7 +99,12 @@ def as_conversation(prompt: Prompt) -> Conversation:
 
 
 def load_for_inference(
-    name: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ChatModel:
     """Load a model to answer with; an adapter is merged, in memory, into its 16-bit base.
 
@@ -107,6 +112,7 @@ def load_for_inference(
         name: a run folder (its `final/`), an adapter folder, a model folder, a hub id or an alias.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         dtype: of the weights; None is the dtype they are stored in, or fp32 on a CPU without fast 16-bit arithmetic.
+        revision: branch, tag or commit of a model on the hub.
         trust_remote_code: allow Python code that comes with the model.
 
     Returns:
@@ -123,7 +129,7 @@ def load_for_inference(
     from litft.models.resolve import resolve
 
     where = find_device(device)
-    source = resolve(name, trust_remote_code=trust_remote_code)
+    source = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
     if dtype is None:
         dtype = stored_dtype(source.folder) or torch.bfloat16
         if dtype != torch.float32 and where.type == "cpu" and not _fast_16_bit_cpu():

@@ -29,6 +29,15 @@ def talk(bundle: ChatModel, *lines: str, **options: Any) -> tuple[list[dict[str,
     return history, output.getvalue()
 
 
+def test_the_terminal_itself_is_read_and_written(
+    llama: ChatModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("why?\n"))
+    history = chat(llama, temperature=0, max_new_tokens=6)
+    assert [message["role"] for message in history] == ["user", "assistant"]
+    assert f"you> model> {history[1]['content']}" in capsys.readouterr().out
+
+
 def test_each_turn_answers_the_whole_conversation_so_far(llama: ChatModel) -> None:
     history, written = talk(llama, "why?", "", "and then?")
     assert [message["role"] for message in history] == ["user", "assistant"] * 2

@@ -297,6 +297,29 @@ def test_a_bad_row_stops_before_the_first_answer_or_is_skipped(llama: ChatModel,
         out.unlink()
 
 
+def test_answers_given_before_an_interruption_are_kept(llama: ChatModel, tmp_path: Path) -> None:
+    data, out = write_jsonl(tmp_path / "rows.jsonl", chat_rows(40)), tmp_path / "out.jsonl"
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 2, "batch_size": 1}  # 32 rows are written at once
+
+    def interrupt_at(count: int) -> Callable[[int, int], None]:
+        def progress(done: int, _: int) -> None:
+            if done == count:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_file(llama, str(data), out, progress=interrupt_at(3), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    with pytest.raises(KeyboardInterrupt):
+        generate_file(llama, str(data), out, progress=interrupt_at(36), **options)
+    kept = (tmp_path / "out.jsonl.part").read_text(encoding="utf-8").splitlines()
+    assert not out.exists()
+    generate_file(llama, str(data), out, **options)
+    assert kept == out.read_text(encoding="utf-8").splitlines()[:32]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+
+
 def test_an_out_file_that_cannot_be_is_named(llama: ChatModel, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", chat_rows(1))
     with pytest.raises(UserError, match="is the data file itself"):
