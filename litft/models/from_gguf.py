@@ -1,8 +1,8 @@
 """From a GGUF file of the Llama architecture to an ordinary Hugging Face folder.
 
-transformers reads GGUF too (`gguf_file=`), and is what the tests compare with. Not used here because it takes three times
-as long, and builds another tokenizer from version to version: it takes the pre-tokenizer "smollm" for GPT-2's, so that
-blanks before a number are cut otherwise than in pre-training, and 5.17 takes the start of a turn for its end.
+transformers reads GGUF too (`gguf_file=`), and is what the tests compare with. Not used here because it takes three
+times as long, and builds another tokenizer from version to version: it takes the pre-tokenizer "smollm" for GPT-2's, so
+that blanks before a number are cut otherwise than in pre-training, and 5.17 takes the start of a turn for its end.
 """
 
 from __future__ import annotations
