@@ -21,11 +21,11 @@ from litft.data.loader import StepLoader, Steps, make_batch
 from litft.data.plan import Plan, default_tokens_per_step, lay_out
 from litft.data.rows import schema_of, to_conversation
 from litft.data.selection import Selection, select, split_validation
-from litft.data.template import ChatEncoder
+from litft.data.template import ChatEncoder, find_template, missing_tokens
 from litft.data.tokens import TokenStore
 from litft.errors import UserError
 from litft.models.alias import cache_dir
-from litft.models.load import tokenizer_fingerprint
+from litft.models.load import add_to_tokenizer, tokenizer_fingerprint
 
 DEFAULT_MAX_LENGTH = 4096
 DEFAULT_TOKENS_PER_BATCH = 4096
@@ -94,7 +94,7 @@ class ChatData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Encode all files on one process a node; the others read the cache."""
-        self._stores(self.trainer.lightning_module.tokenizer)  # type: ignore[union-attr]
+        self._stores(self.trainer.lightning_module)  # type: ignore[union-attr]
 
     def setup(self, stage: str) -> None:
         """Plan the run from the Trainer's limits and the model's needs."""
@@ -138,7 +138,7 @@ class ChatData(LightningDataModule):
         self._pad_id = method.tokenizer.pad_token_id or 0
         self.cannot_pack: str | None = method.cannot_pack if self.packing else None
         packing = self.packing and self.cannot_pack is None
-        train, val = self._stores(method.tokenizer)
+        train, val = self._stores(method)
         limit = min(n for n in (self.max_length or DEFAULT_MAX_LENGTH, method.context_length) if n)
         self.limit = limit
         self.selection: Selection = select(train, limit, self.overlong, "train")
@@ -275,12 +275,23 @@ class ChatData(LightningDataModule):
 
     # ---- encoding
 
-    def _stores(self, tokenizer: Any) -> tuple[list[TokenStore], dict[str, TokenStore]]:
+    def _stores(self, method: Any) -> tuple[list[TokenStore], dict[str, TokenStore]]:
         if not hasattr(self, "_encoded"):
+            if self.chat_template or any(map(self._is_chat, [*self.train_files, *self.val_files.values()])):
+                self._give_template(method)
+            tokenizer = method.tokenizer
             encoder = ChatEncoder(tokenizer, train_on=self.train_on, allow_special_tokens=self.allow_special_tokens)
             train = [self._store(source, encoder) for source in self.train_files]
             self._encoded = train, {name: self._store(source, encoder) for name, source in self.val_files.items()}
         return self._encoded
+
+    def _give_template(self, method: Any) -> None:
+        """Settle the chat template, and the tokens it needs, before anything is encoded or the model is loaded."""
+        tokenizer = method.tokenizer
+        find_template(tokenizer, self.chat_template, add_tokens=method.add_tokens)
+        if method.add_tokens:
+            method.new_tokens = missing_tokens(tokenizer)
+            add_to_tokenizer(tokenizer, method.new_tokens)
 
     def _is_chat(self, source: str) -> bool:
         first = next(iter(read_rows(source, revision=self.revision)))

@@ -76,6 +76,7 @@ class Method(LightningModule):
         self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
         self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
+        self.new_tokens: list[str] = []
         self.total_steps: int | None = None
         self.grad_norm: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
@@ -146,7 +147,7 @@ class Method(LightningModule):
         """
         from litft.models import attention
         from litft.models.causal_lm import CausalLM
-        from litft.models.load import load_model
+        from litft.models.load import add_rows, load_model
 
         self.half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
         dtype = torch.float32 if self.tuner.trains_base or self.half is None else self.half
@@ -155,6 +156,10 @@ class Method(LightningModule):
         model = load_model(
             self.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=self.trust_remote_code
         )
+        if self.new_tokens:
+            rows = add_rows(model, self.tokenizer, self.new_tokens)
+            if isinstance(self.tuner, LoRA):
+                self.tuner.trainable_rows = rows
         adapter = self.source.adapter
         if adapter is not None and isinstance(self.tuner, LoRA):  # go on with it
             self.tuner = self.tuner.continuing(adapter)
@@ -200,7 +205,8 @@ class Method(LightningModule):
         optimizer = build_optimizer(self.optimizer_name, groups, self.lr, self.betas, self.weight_decay)
         if self.total_steps is None:
             raise RuntimeError("set total_steps (data.total_steps) before configure_optimizers")
-        factor = schedule(self.schedule_name, self.total_steps, self.warmup, self.min_lr / self.lr)
+        floor = self.min_lr / self.lr if self.lr else 0.0
+        factor = schedule(self.schedule_name, self.total_steps, self.warmup, floor)
         return [optimizer], [{"scheduler": StepSchedule(optimizer, factor), "interval": "step"}]
 
     def training_step(self, step: Step, batch_idx: int) -> dict[str, Tensor]:

@@ -146,21 +146,39 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     Returns:
         The ids of the tokens that were new, which are their rows in the embeddings.
     """
-    import torch
+    fresh = add_to_tokenizer(tokenizer, tokens)
+    return add_rows(model, tokenizer, fresh) if fresh else []
+
+
+def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[str]:
+    """Add special tokens; returns those that the tokenizer didn't have."""
     from transformers import AddedToken
 
     known = tokenizer.get_vocab()
     fresh = [token for token in dict.fromkeys(tokens) if token not in known]
-    if not fresh:
-        return []
-    used = len(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in fresh], special_tokens=True)
+    return fresh
+
+
+def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fresh: Sequence[str]) -> list[int]:
+    """Give tokens just added to the tokenizer their rows in the embeddings, at the mean of the old ones.
+
+    Args:
+        model: changed in place.
+        tokenizer: with the tokens.
+        fresh: their text.
+
+    Returns:
+        Their ids.
+    """
+    import torch
+
     ids = [tokenizer.get_vocab()[token] for token in fresh]
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    old = min(used, rows)
+    old = min(len(tokenizer) - len(fresh), rows)
     with torch.no_grad():
         for module in dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())):
             for name in ("weight", "bias"):
