@@ -16,7 +16,7 @@ def load_balance(router_logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: int
     does: over a whole batch it is a product of means and would change with how the batch is cut.
 
     Args:
-        router_logits: of each layer, [tokens, experts].
+        router_logits: of each layer, [tokens, experts], without padding.
         cu_seqlens: document boundaries [documents + 1].
         top_k: experts a token is sent to.
 
@@ -29,7 +29,7 @@ def load_balance(router_logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: int
     share = router_logits[0].new_zeros(documents, experts, dtype=torch.float32)
     chosen = torch.zeros_like(share)
     for logits in router_logits:
-        probabilities = logits.reshape(-1, experts)[: len(of_token)].float().softmax(-1)
+        probabilities = logits.reshape(-1, experts).float().softmax(-1)
         picked = F.one_hot(probabilities.topk(top_k, dim=-1).indices, experts).sum(1).float()
         share = share.index_add(0, of_token, probabilities)
         chosen = chosen.index_add(0, of_token, picked)

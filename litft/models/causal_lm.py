@@ -43,7 +43,11 @@ class CausalLM(nn.Module):
         output, logits = self._run(batch)
         found = {"nll": F.cross_entropy(logits.float(), batch["target_ids"], reduction="none")}
         if self.balance_experts:
-            found["balance"] = load_balance(output.router_logits, batch["cu_seqlens"], self._experts_per_token)
+            router_logits = output.router_logits
+            if "attention_mask" in batch:
+                real = batch["attention_mask"].flatten().bool()
+                router_logits = [logits.reshape(len(real), -1)[real] for logits in router_logits]
+            found["balance"] = load_balance(router_logits, batch["cu_seqlens"], self._experts_per_token)
         return found
 
     @property
