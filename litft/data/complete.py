@@ -1,4 +1,4 @@
-"""Whether a template renders all of a conversation: what it leaves out is an error, or said where that is its design."""
+"""Whether a template renders all of a conversation: what it leaves out is an error, or is said where it means to."""
 
 from __future__ import annotations
 

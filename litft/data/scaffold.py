@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from litft.data.conversation import Message
-from litft.data.masks import MaskError, Render, Scaffold, lay_out
+from litft.data.masks import MaskError, Render, Scaffold, answers, lay_out
 
 _NO_THINKING = {"enable_thinking": False, "thinking": False}  # what the templates call it
 _USER: Message = {"role": "user", "content": "litft question"}
@@ -115,12 +115,14 @@ def learn(render: Render, special_tokens: Sequence[str]) -> Scaffold:
         MaskError: the template refuses even a question and an answer, or writes no end-of-turn token.
     """
     ask, chat = [_USER], [_USER, _ANSWER]
+    chats: list[tuple[list[Message], list | None]] = [(chat, None)]
     gaps, between, opening = [_gap(render, chat, 0)], "", ""
     long = [*chat, {**_USER, "content": "litft follow-up"}, {**_ANSWER, "content": "litft second"}]
     with contextlib.suppress(MaskError):  # a template may hold one question and one answer only
         gaps += [_gap(render, long, 0), _gap(render, long, 2)]
         between = _gap(render, long, 1)
         opening = _own_text(_before(render, ask), between, special_tokens)
+        chats.append((long, None))
     prompts = {"user": _prompts(render, ask, None, gaps)}
     prompt = prompts["user"][0]
     shared = _common(prompt, _after(render, ask))  # the end of the user's turn
@@ -162,7 +164,24 @@ def learn(render: Render, special_tokens: Sequence[str]) -> Scaffold:
         answered = [*told, _ANSWER]
         gaps = [_gap(render, answered, 2, [_SCHEMA])] if _try(render, answered, [_SCHEMA]) else []
         prompts["tool"] = _prompts(render, told, [_SCHEMA], gaps)
-    return Scaffold(prompts, headers, _unique(ends), _unique(stops), by_next, tools, tool_calls, opening)
+        if gaps:
+            chats.append((answered, [_SCHEMA]))
+    scaffold = Scaffold(prompts, headers, _unique(ends), _unique(stops), by_next, tools, tool_calls, opening)
+    for messages, offered in chats:
+        _check(render, messages, offered, scaffold)
+    return scaffold
+
+
+def _check(render: Render, messages: list[Message], tools: list | None, scaffold: Scaffold) -> None:
+    """Hold the scaffold against the template's own generation prompts, wherever an answer goes on from one."""
+    layout = lay_out(render, messages, tools, render(messages, tools))
+    prompts = [_try(render, messages[:i], tools, prompt=True) or "" for i in range(len(messages))]
+    for answer in answers(layout, messages, scaffold, prompts.__getitem__):
+        prompt = prompts[answer.message]
+        if prompt and layout.text.startswith(prompt):
+            extra = layout.text[len(prompt) : answer.begin]
+            if answer.begin < len(prompt) or (extra and extra not in scaffold.headers):
+                raise MaskError("the chat template's answers do not begin where its generation prompt ends")
 
 
 def _try(render: Render, messages: Sequence[Message], tools: list | None, **options: Any) -> str | None:

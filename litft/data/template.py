@@ -8,10 +8,12 @@ end of the prompt belongs to the answer, which could not be written without it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ CHATML = (
 )
 _CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,60}[|｜]>")
 _MANY = 100  # messages; where each needs a render of all before it, the cost is quadratic
+_PATIENCE = 60  # seconds for one conversation
 _ASSISTANT: Message = {"role": "assistant"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -139,8 +142,11 @@ class ChatEncoder:
     @property
     def fingerprint(self) -> str:
         """Hash of everything in here that decides ids and masks."""
+        import transformers
+
         tokenizer = self.tokenizer
         parts = (
+            transformers.__version__,
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.special_tokens_map,
             tokenizer.chat_template,
@@ -162,6 +168,8 @@ class ChatEncoder:
         messages, tools = conversation.messages, conversation.tools
         wanted = self._wanted(conversation)
         scaffold = self._learn(tools)[1]
+        if len(messages) > 10 * _MANY:
+            self._check_time(messages, tools)
         text = self._render(messages, tools)
         layout = masks.lay_out(self._render, messages, tools, text)
         complete.check_texts(layout, messages, tools, scaffold)
@@ -258,6 +266,26 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], tools: list | None, *, prompt: bool = False) -> str:
         return self._apply(messages, tools, prompt=prompt, form=self._learn(tools)[0])
+
+    def _check_time(self, messages: Sequence[Message], tools: list | None) -> None:
+        """Refuse a very long conversation where the template's time grows with the square of its length."""
+        count, before = len(messages), 0.0
+        if count > 200 * _MANY and self._marks_answers(tools):  # transformers joins the text anew at every mark
+            raise MaskError(
+                f"{count} messages are too many for a chat template with {{% generation %}}", "split the row"
+            )
+        part = 2 * _MANY
+        while part < count:
+            begin = time.perf_counter()
+            with contextlib.suppress(MaskError):  # a part may end where the template refuses it
+                self._render(messages[:part], tools)
+            seconds = time.perf_counter() - begin
+            if seconds > 1 and seconds > 3 * before > 0 and seconds * (count / part) ** 2 > _PATIENCE:
+                raise MaskError(
+                    f"{count} messages are too many for the chat template: its time grows with their number squared",
+                    "split the row",
+                )
+            part, before = 2 * part, seconds
 
     def _prompt_before(self, messages: Sequence[Message], tools: list | None, i: int) -> str:
         """The render of the messages before i with the generation prompt; of a long conversation, nothing."""

@@ -185,7 +185,8 @@ def test_native_marks_give_the_same_mask_as_none(name: str) -> None:
     plain = re.sub(r"(\{%-?\s*)end(generation)", r"\1endif", marked)
     plain = re.sub(r"(\{%-?\s*)generation", r"\1if true", plain)
     assert "endif" in plain and not re.search(r"\{%-?\s*generation", plain)
-    for shape, conversation in SHAPES.items():
+    for shape in ("two", "reasoning", "in a row", "tools"):
+        conversation = SHAPES[shape]
         results = []
         for template in (marked, plain):
             try:

@@ -640,5 +640,15 @@ def test_long_conversations_take_linear_time() -> None:
 
     encode = encoder(CHATML)
     seconds(10)
-    short, long = min(seconds(500) for _ in range(3)), seconds(10_000)
-    assert long < 20 * short * 6, (short, long)
+    short, long = min(seconds(300) for _ in range(3)), seconds(6_000)
+    assert long < 20 * short * 6, (short, long)  # 400 times were it quadratic
+
+
+def test_a_template_of_quadratic_time_is_refused_not_waited_for() -> None:
+    row = chat(*[m for k in range(50_000) for m in (user(f"Ask {k}"), assistant(f"Answer {k}"))])
+    begin = time.perf_counter()
+    with pytest.raises(DataError, match="100000 messages are too many for the chat template: its time grows"):
+        encoder(stock("gemma4_v5"))(row)
+    with pytest.raises(DataError, match=r"100000 messages are too many for a chat template with \{% generation %\}"):
+        encoder(stock("lfm2_2_5"))(row)
+    assert time.perf_counter() - begin < 60
