@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def save_final(
@@ -59,8 +62,15 @@ def save_final(
     if Path(base).is_dir() and folder.resolve() == Path(base).resolve():
         raise UserError(f"{folder}: is the model that was trained from and will not be overwritten; name another --out")
     plain = unwrap(model)
-    generation = generation_settings(plain.generation_config, tokenizer, stop_ids or set())
-    tokenizer = clean_tokenizer(tokenizer, stop_ids or set())
+    stops = control_ids(tokenizer, stop_ids or set())
+    if stop_ids and not stops:
+        logger.warning(
+            "the chat template closes an answer with plain text (%r), not with a control token:"
+            " whatever serves this model needs it as a stop text",
+            tokenizer.convert_ids_to_tokens(sorted(stop_ids)),
+        )
+    generation = generation_settings(plain.generation_config, tokenizer, stops)
+    tokenizer = clean_tokenizer(tokenizer, stops)
 
     if not tuner.trains_base:
         if not _is_first_rank():
@@ -108,6 +118,14 @@ def generation_settings(
     pads = [*as_ids(tokenizer.pad_token_id), *as_ids(base.pad_token_id), *stops]
     settings.pad_token_id = pads[0] if pads else None
     return settings
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> set[int]:
+    """Those of `ids` that cannot be part of ordinary text, so that it is safe to stop on them.
+
+    A template may close a turn with `</s>` where the tokenizer knows no such token: its last piece is a mere `>`.
+    """
+    return set(ids) & {*tokenizer.added_tokens_decoder, *as_ids(tokenizer.eos_token_id)}
 
 
 def as_ids(value: int | list[int] | None) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from litft.data.conversation import Conversation, Message
 from litft.errors import UserError
-from litft.export.final import as_ids, generation_settings
+from litft.export.final import as_ids, control_ids, generation_settings
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,8 @@ class ChatModel:
         """The answer in `ids`: up to the first stop token, without the tokens that only frame it."""
         end = next((i for i, id in enumerate(ids) if id in self.stop_ids), len(ids))
         shown = [id for id in ids[:end] if id not in self.hidden_ids]
-        return str(self.tokenizer.decode(shown, skip_special_tokens=False))
+        text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
 
 
 def as_conversation(prompt: Prompt) -> Conversation:
@@ -198,7 +199,7 @@ def _template_stops(encoder: ChatEncoder | None) -> set[int]:
     if encoder is None:
         return set()
     try:
-        return set(encoder.stop_ids) & set(encoder.tokenizer.added_tokens_decoder)
+        return control_ids(encoder.tokenizer, encoder.stop_ids)
     except MaskError:  # a template that is not understood can still be written with
         return set()
 

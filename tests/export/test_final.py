@@ -251,6 +251,16 @@ def test_b12_other_stop_tokens_and_sampling_settings_of_the_base_are_kept() -> N
     assert nothing.pad_token_id is None
 
 
+def test_b12_a_turn_that_ends_in_plain_text_gives_no_stop_token(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`</s>`, which this tokenizer has no token for: its last piece `>` would end every answer that holds one."""
+    piece = tiny_tokenizer()("</s>")["input_ids"][-1]
+    final = export(tiny_model("llama"), tmp_path / "final", stop_ids={piece})
+    assert GenerationConfig.from_pretrained(final).eos_token_id == [IM_END]
+    assert "closes an answer with plain text" in caplog.text
+
+
 def test_added_tokens_are_counted_in_the_configuration(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("qwen2"), tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|new|>", "<|newer|>"]})
