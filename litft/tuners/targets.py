@@ -45,7 +45,7 @@ def find_targets(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
         names = [name for name in modules if name and pattern.fullmatch(name)]
         if not names:
             raise UserError(
-                f"targets: the regex {targets!r} matches no whole module name; endings of names go in a list: [{targets}]"
+                f"targets: the regex {targets!r} matches no whole module name (endings go in a list: [{targets}])"
                 f"{_nearest(targets, modules)}"
             )
     else:
