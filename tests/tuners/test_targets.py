@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, GraniteMoeConfig, Qwen2MoeConfig
 
 from litft.errors import UserError
 from litft.tuners import LoRA
@@ -63,6 +63,18 @@ def test_d6_a_linear_router_is_never_adapted() -> None:
         LoRA(r=2, targets=r".*mlp\.gate").apply(tiny_model("qwen3_moe"))
     with pytest.raises(UserError, match="router"):
         LoRA(r=2, target_parameters=["mlp.gate.weight"]).apply(tiny_model("qwen3_moe"))
+
+
+def test_d6_a_router_is_known_by_its_class_too() -> None:
+    config = GraniteMoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_local_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    routers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "router" in n]
+    assert routers and not routers[0].endswith(("router", "gate"))
+    matched = LoRA(r=2).apply(model).matched
+    assert matched and not set(routers) & set(matched)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_prj"], r".*\.v_prj"])
