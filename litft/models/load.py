@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from litft.errors import UserError
 from litft.models.quiet import quiet
-from litft.models.resolve import ModelSource, read_json
+from litft.models.resolve import DEQUANTISED, ModelSource, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,10 @@ def load_model(
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
+    stored = read_json(source.folder / "config.json").get("quantization_config") or {}
+    unpack = {"quantization_config": Mxfp4Config(dequantize=True)} if stored.get("quant_method") == DEQUANTISED else {}
     with quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -97,12 +100,13 @@ def load_model(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **unpack,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load the model in {source.folder}:\n    {_first_line(error)}") from error
     model, report = loaded
     _check_report(source, report)
-    for parameter in model.parameters():  # a few models keep some modules in fp32 on their own account
+    for parameter in model.parameters():  # a few models keep some in fp32; unpacked ones may come in bf16
         if parameter.dtype != dtype and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.use_cache = model.config.get_text_config().use_cache = False

@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 _SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DEQUANTISED = "mxfp4"
+"""The one quantised storage that is read: gpt-oss is published in no other, and `load_model` unpacks it."""
 _TO_SAFETENSORS = (
     'convert once, where you trust it: python -c "from transformers import AutoModelForCausalLM as A; '
     "A.from_pretrained('{0}', use_safetensors=False).save_pretrained('NEW_FOLDER')\""
@@ -187,7 +189,7 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None
 
     Raises:
         UserError: the model brings its own code (and `trust_remote_code` is False), transformers doesn't know its
-            type, or it isn't a causal language model.
+            type, it isn't a causal language model, or its weights are stored quantised.
     """
     config = read_json(folder / "config.json")
     kind, names = config.get("model_type"), config.get("architectures") or []
@@ -214,6 +216,12 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None
         raise UserError(
             f"{folder} holds a {names[0] if names else kind}, which is not a causal language model\n"
             "choose one whose config.json says ...ForCausalLM under architectures"
+        )
+    quantised = config.get("quantization_config")
+    if quantised and quantised.get("quant_method") != DEQUANTISED:
+        raise UserError(
+            f"{folder} is stored quantised ({quantised.get('quant_method', 'by an unnamed method')})\n"
+            "name the model it was made from; litft finetune qlora quantises that while it loads"
         )
 
 

@@ -118,6 +118,33 @@ def test_f5_tied_and_untied_embeddings(tied: bool, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp4_storage_is_unpacked_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    # as gpt-oss is published: 4-bit floats (two a byte, the low half first) with a power of two for each 32
+    folder, wanted = save_tiny(tmp_path, "gpt_oss"), {}
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 124, blocks.shape[:3], dtype=torch.uint8)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            numbers = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], -1).flatten(3)
+            numbers = numbers * torch.exp2(scales.float() - 127)[..., None]
+            wanted[name] = numbers.reshape(experts, outputs, inputs).transpose(1, 2)
+
+    edit_weights(folder, pack)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+    model = load_model(source(folder), dtype=dtype)
+    assert len(wanted) == 4
+    for name, weight in wanted.items():
+        assert torch.equal(model.get_parameter(name), weight.to(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    model.save_pretrained(tmp_path / "out")  # as an ordinary model
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_missing_weights_are_an_error_not_random_numbers(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))

@@ -159,6 +159,9 @@ def test_architectures_that_are_refused(model: Path) -> None:
     refused(model, "T5ForConditionalGeneration, which is not a causal")
     edit_json(model / "config.json", model_type="notllama", architectures=["NotLlamaForCausalLM"])
     refused(model, "does not know the model type 'notllama'")
+    edit_json(model / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    edit_json(model / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert "qlora" in refused(model, r"stored quantised \(bitsandbytes\)")
     (model / "config.json").write_text("{")
     refused(model, r"cannot read .*config\.json")
 
