@@ -239,7 +239,7 @@ class NextTokenOracle(torch.nn.Module):
     """A language model that is certain of each next token, and right."""
 
     class config:
-        _attn_implementation = "sdpa"
+        _attn_implementation = "flash_attention_2"  # one that keeps documents apart
 
     def forward(self, input_ids: Any, logits_to_keep: Any, **kwargs: Any) -> Any:
         from types import SimpleNamespace

@@ -23,9 +23,10 @@ def pack_documents(documents: Sequence[Document], denominator: float) -> Batch:
         denominator: what the summed loss is divided by; the same for all micro-batches of an optimizer step.
 
     Returns:
-        `input_ids`, `position_ids` (restarting at each document) [1, tokens]; `cu_seqlens` [documents + 1] int32;
-        `max_seqlen` (int); `target_positions` (which hidden states predict a trained token), `target_ids` and
-        `document_ids` of the targets, each [targets]; `denominator` (float tensor); `tokens` and `trained` (ints).
+        `input_ids`, `position_ids` (restarting at each document) [1, tokens]; `cu_seqlens` [documents + 1] int32, and
+        as a tuple on the host `document_bounds`; `max_seqlen` (int); `target_positions` (which hidden states predict a
+        trained token), `target_ids` and `document_ids` of the targets, each [targets]; `denominator` (float tensor);
+        `tokens` and `trained` (ints).
     """
     lengths = np.array([len(ids) for ids, _ in documents])
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -39,6 +40,7 @@ def pack_documents(documents: Sequence[Document], denominator: float) -> Batch:
         "position_ids": torch.from_numpy(positions)[None],
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "max_seqlen": int(lengths.max()),
+        "document_bounds": tuple(starts.tolist()),
         "target_positions": torch.from_numpy(targets - 1),
         "target_ids": torch.from_numpy(ids[targets]),
         "document_ids": torch.from_numpy(np.repeat(np.arange(len(documents)), lengths)[targets]),

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 def load_balance(router_logits: Sequence[Tensor], cu_seqlens: Tensor, top_k: int) -> Tensor:
     """How unevenly each document's tokens are spread over the experts.
 
-    The loss of Switch Transformers (Fedus et al., 2021, eq. 4-6) over one document at a time, as DeepSeek-V3 (2024, eq. 17-20)
-    does: over a whole batch it is a product of means and would change with how the batch is cut.
+    The loss of Switch Transformers (Fedus et al., 2021, eq. 4-6) over one document at a time, as in DeepSeek-V3 (2024,
+    eq. 17-20): over a whole batch it is a product of means and would change with how the batch is cut.
 
     Args:
         router_logits: of each layer, [tokens, experts], without padding.

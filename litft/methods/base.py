@@ -41,8 +41,8 @@ class Method(LightningModule):
         clip: greatest global norm of the gradient; 0 doesn't clip.
         recompute: keep all activations, or recompute every layer's in the backward pass (less memory, a third slower).
         add_tokens: give tokens of the chat template that the tokenizer lacks new, trained rows in the embedding.
-        balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where it
-            asks for that loss.
+        balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where
+            it asks for that loss.
         max_bad_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
         revision: of the model on the hub.
         trust_remote_code: run the Python code that a model folder brings. Only for models whose code you have read.
@@ -151,8 +151,7 @@ class Method(LightningModule):
 
         self.half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
         dtype = torch.float32 if self.tuner.trains_base or self.half is None else self.half
-        on_cpu = torch.device(device).type == "cpu"
-        implementation = attention.register() if self.cannot_pack is None and on_cpu else None
+        implementation = attention.register() if self.cannot_pack is None else None
         model = load_model(
             self.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=self.trust_remote_code
         )

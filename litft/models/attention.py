@@ -7,6 +7,8 @@ transformers' `AttentionInterface` may use it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    document_bounds: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal self-attention within each document.
@@ -44,7 +47,9 @@ def packed_attention(
         sliding_window: tokens each query sees, itself included; None sees all before it.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
         s_aux: one learned sink score a head [heads] (gpt-oss), or None.
-        cu_seq_lens_q: document boundaries [documents + 1]; None where each row is one document.
+        cu_seq_lens_q: where documents begin and the last one ends [documents + 1], transformers' name; None where each
+            row is one document.
+        document_bounds: the same as numbers on the host: read from a GPU they would cost a wait in every layer.
         kwargs: what other attention implementations want; ignored, but a position bias is refused.
 
     Returns:
@@ -55,9 +60,11 @@ def packed_attention(
     """
     if kwargs.get("position_bias") is not None:
         raise ValueError("packed attention takes no position bias")
-    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    bounds = document_bounds
+    if bounds is None:
+        bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     parts = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         if softcap is not None or s_aux is not None:
             part = _explicit(q, k, v, scaling, dropout, sliding_window, softcap, s_aux)

@@ -37,8 +37,11 @@ class CausalLM(nn.Module):
             batch: what `litft.data.batch` makes.
 
         Returns:
-            `nll`: `-log p(target)` of each target, fp32 [targets]; with `balance_experts`, `balance`: the balance loss of
-            each document, fp32 [documents].
+            `nll`: `-log p(target)` of each target, fp32 [targets]; with `balance_experts`, `balance`: the balance loss
+            of each document, fp32 [documents].
+
+        Raises:
+            RuntimeError: for a packed row where the model's attention wouldn't keep documents apart.
         """
         output, logits = self._run(batch)
         found = {"nll": F.cross_entropy(logits.float(), batch["target_ids"], reduction="none")}
@@ -65,10 +68,14 @@ class CausalLM(nn.Module):
             columns, inverse = torch.unique(positions % width, return_inverse=True)
             output = self.model(**inputs, attention_mask=batch["attention_mask"], logits_to_keep=columns)
             return output, output.logits[positions // width, inverse]
-        if self.model.config._attn_implementation in (attention.NAME, "flash_attention_2", "flash_attention_3"):
+        implementation = self.model.config._attn_implementation
+        if implementation == attention.NAME:
+            inputs["document_bounds"] = batch["document_bounds"]
+        elif implementation in ("flash_attention_2", "flash_attention_3"):
             bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
             inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
-        # other implementations find the documents where position_ids restart, only if there is no mask and no cache
+        else:  # sdpa and eager go by restarting position_ids, which several models don't hand to their mask
+            raise RuntimeError(f"documents in a packed row would see each other under {implementation} attention")
         output = self.model(**inputs, logits_to_keep=positions)
         return output, output.logits[0]
