@@ -58,7 +58,10 @@ class Form:
         return [self._shape(message) for message in messages]
 
     def _shape(self, message: Message) -> Message:
-        shaped = {key: value for key, value in message.items() if value is not None}  # else some render "None"
+        # Nulls are rendered as "None" by some templates, empty tool_calls as a call by others.
+        shaped = {
+            key: value for key, value in message.items() if value is not None and (key, value) != ("tool_calls", [])
+        }
         if self.parts and isinstance(shaped.get("content"), str):
             shaped["content"] = [{"type": "text", "text": shaped["content"]}]
         if "reasoning_content" in shaped:

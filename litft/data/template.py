@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +35,12 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_TAG = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]")
 _CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,60}[|｜]>")
 _MANY = 100  # messages; where each needs a render of all before it, the cost is quadratic
+_WAYS_OUT = (
+    "name one with data.chat_template (a Jinja file, or chatml), or take an instruct model, which brings its own"
+)
 _PATIENCE = 60  # seconds for one conversation
 _ASSISTANT: Message = {"role": "assistant"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -137,7 +141,9 @@ class ChatEncoder:
         Raises:
             UserError: no mask can be established with this template.
         """
-        return {self.tokenizer(stop, add_special_tokens=False)["input_ids"][-1] for stop in self.scaffold.stops}
+        encoded = [self.tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in self.scaffold.stops]
+        added = self.tokenizer.added_tokens_decoder
+        return {ids[-1] for ids in encoded if len(ids) == 1 or ids[-1] in added}  # not the end of a text in pieces
 
     @property
     def fingerprint(self) -> str:
@@ -253,6 +259,8 @@ class ChatEncoder:
 
     def _learn(self, tools: list | None) -> tuple[Form, Scaffold]:
         """Form and scaffold of the template; tokenizers may have another template for conversations with tools."""
+        if not self.tokenizer.chat_template:
+            raise MaskError("the tokenizer has no chat template", _WAYS_OUT)
         own = isinstance(self.tokenizer.chat_template, dict) and bool(tools)
         if own not in self._learned:
 
@@ -335,10 +343,7 @@ def find_template(
             raise UserError(f"data.chat_template: no file {chat_template}; name a Jinja file, or chatml")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template; name one with data.chat_template: chatml, or a Jinja file,\n"
-            "or train an instruct model, which brings its own"
-        )
+        raise UserError(f"the tokenizer has no chat template\nmend: {_WAYS_OUT}")
     if not add_tokens and (missing := missing_tokens(tokenizer)):
         raise UserError(
             f"the tokenizer lacks tokens of the chat template: {', '.join(missing)}; with model.add_tokens: true they"
@@ -347,8 +352,17 @@ def find_template(
 
 
 def missing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The control tokens that the chat template writes around a question and an answer and the tokenizer lacks."""
+    """The control tokens of the chat template that the tokenizer lacks, so that it would split them into pieces.
+
+    A template whose end-of-turn token the tokenizer knows was made for it: other marks of such a template are plain
+    text by design (`<|user|>` in Zephyr's, OLMo's) and not missing.
+    """
     scaffold = ChatEncoder(tokenizer).scaffold
-    written = [*scaffold.prompts["user"], *scaffold.ends]
-    found = dict.fromkeys(token for text in written for token in _CONTROL.findall(text))
-    return [token for token in found if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1]
+
+    def lacking(texts: Iterable[str], tags: re.Pattern[str]) -> list[str]:
+        found = dict.fromkeys(tag for text in texts for tag in tags.findall(text))
+        return [tag for tag in found if len(tokenizer(tag, add_special_tokens=False)["input_ids"]) != 1]
+
+    if not (missing := lacking(scaffold.ends, _TAG)):
+        return []
+    return list(dict.fromkeys((*missing, *lacking(scaffold.prompts["user"], _CONTROL))))

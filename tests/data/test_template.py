@@ -529,10 +529,12 @@ def test_text_rows_are_trained_whole_and_end() -> None:
 def test_find_template_names_the_ways_out(tmp_path: Any) -> None:
     tok = copy.deepcopy(tokenizer())
     tok.chat_template = None
-    with pytest.raises(UserError, match=r"no chat template[\s\S]*data.chat_template: chatml"):
+    with pytest.raises(UserError, match=r"no chat template[\s\S]*data.chat_template \(a Jinja file, or chatml\)"):
         find_template(tok)
     with pytest.raises(UserError, match=r"no file nowhere.jinja"):
         find_template(tok, "nowhere.jinja")
+    with pytest.raises(DataError, match=r"chats.jsonl:7: the tokenizer has no chat template; name one"):
+        ChatEncoder(tok)(TWO)
     find_template(tok, "chatml")
     assert trained(ChatEncoder(tok)(TWO), tok) == "One.<|im_end|>Two.<|im_end|>"
     file = tmp_path / "mine.jinja"
@@ -545,12 +547,13 @@ def test_find_template_names_the_ways_out(tmp_path: Any) -> None:
 
 
 def test_tokens_that_the_tokenizer_lacks() -> None:
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocab = {c: i for i, c in enumerate([*pre_tokenizers.ByteLevel.alphabet(), "</s>"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     with pytest.raises(UserError, match=r"lacks .*<\|im_end\|>.*<\|im_start\|>.*model.add_tokens: true"):
         find_template(tok, "chatml")
@@ -560,6 +563,17 @@ def test_tokens_that_the_tokenizer_lacks() -> None:
     tok.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
     assert missing_tokens(tok) == [] and ChatEncoder(tok).stop_ids == {tok.convert_tokens_to_ids("<|im_end|>")}
     find_template(tok, "chatml")
+    # Marks that stay plain text by the author's design, before an end of turn that the tokenizer knows.
+    tok.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    find_template(tok)
+    assert ChatEncoder(tok).stop_ids == {tok.eos_token_id}
+    encoded = ChatEncoder(tok)(TWO)
+    assert trained(encoded, tok) == "One.</s>Two.</s>"
+    tok.chat_template = tok.chat_template.replace("</s>", "<end_of_turn>")
+    assert missing_tokens(tok) == ["<end_of_turn>", "<|assistant|>"] and ChatEncoder(tok).stop_ids == set()
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
