@@ -36,6 +36,14 @@ class Samples(Callback):
         if self.questions and trainer.world_size == 1 and trainer.global_step == 0:
             self.before = self.answer(pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The answers before training, for a run that is resumed."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self.before = state_dict["before"]
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print answers where asked for."""
         if self.during and not trainer.sanity_checking and self.questions and trainer.world_size == 1:
@@ -61,15 +69,15 @@ def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: in
         max_new_tokens: longest answer in tokens.
     """
     from litft.data.template import ChatEncoder
-    from litft.export.final import generation_settings
+    from litft.export.final import control_ids, generation_settings
     from litft.infer.generate import generate
     from litft.infer.load import ChatModel
 
     model = method.net.model
-    settings = generation_settings(model.generation_config, method.tokenizer, set())
-    stop_ids = set(settings.eos_token_id or ())
     encoder = ChatEncoder(method.tokenizer) if method.tokenizer.chat_template else None
-    bundle = ChatModel(model, method.tokenizer, settings, stop_ids | set(encoder.stop_ids if encoder else ()), encoder)
+    stops = control_ids(method.tokenizer, encoder.stop_ids) if encoder else set()
+    settings = generation_settings(model.generation_config, method.tokenizer, stops)
+    bundle = ChatModel(model, method.tokenizer, settings, set(settings.eos_token_id or ()), encoder)
     device = next(model.parameters()).device
     half = getattr(method, "half", None)
     with _answering(model), torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):

@@ -110,6 +110,8 @@ def load_model(
         if parameter.dtype != dtype and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.use_cache = model.config.get_text_config().use_cache = False
+    # A pad token that is also a real one (often the end of a turn) would get no gradient as an input.
+    model.get_input_embeddings().padding_idx = None
     torch.nn.Module.train(model)
     return model
 
@@ -188,7 +190,7 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fresh: 
             for name in ("weight", "bias"):
                 matrix: Any = getattr(module, name, None)
                 if matrix is not None:
-                    matrix[ids] = matrix[:old].float().mean(0).to(matrix.dtype)
+                    matrix[ids] = matrix[:old].mean(0, dtype=torch.float32).to(matrix.dtype)
     return ids
 
 
