@@ -82,9 +82,8 @@ def check(argv: list[str]) -> int:
     from litft.cli.finetune import _parse, _quiet
 
     said = dict(read_config(name))
-    words = expand(["--config", name], None)
-    if not any(word.startswith("--model.tuner=") for word in words):
-        words = expand(["--config", name], "lora")  # as in litft finetune lora, for options that stand without a tuner
+    chosen = {"model.tuner", "model.tuner.class_path"} & said.keys()
+    words = expand(["--config", name], None if chosen else "lora")  # a file without a tuner is tried with the usual one
     if "data.train" not in said:
         files = str(said.get("data.weights", "")).count(",") + 1  # one weight a file
         words.append(f"--data.train={json.dumps(['chats.jsonl'] * files)}")

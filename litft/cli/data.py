@@ -62,7 +62,7 @@ def check(argv: list[str]) -> int:
     from litft.data.files import total_bytes
     from litft.data.rows import check
 
-    encoder = _encoder(args, *_load(args), args.FILE) if args.model else None
+    encoder = _encoder(args, args.FILE)[0] if args.model else None
     rows = bad = 0
     for source in args.FILE:
         with progress(f"checking {Path(source).name}", total_bytes(source), "B") as advance:
@@ -125,7 +125,7 @@ def show(argv: list[str]) -> int:
     args = parser.parse(argv)
     from litft.data.files import read_rows, total_bytes
 
-    encoder = _encoder(args, *_load(args), [args.FILE])
+    encoder = _encoder(args, [args.FILE])[0]
     color = args.color or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     first = args.row - 1 if args.row else 0
     last = args.row or args.rows or (None if args.json else FIRST_ROWS)
@@ -212,8 +212,7 @@ def stats(argv: list[str]) -> int:
     args = parser.parse(argv)
     from litft.models.load import load_config
 
-    model, tokenizer = _load(args)
-    encoder = _encoder(args, model, tokenizer, [args.FILE])
+    encoder, model = _encoder(args, [args.FILE])
     context = getattr(load_config(model, trust_remote_code=args.trust_remote_code), "max_position_embeddings", None)
     found = _measure(args.FILE, encoder, min(n for n in (args.max_length or _default_length(), context) if n), args)
     for line in found.pop("skipped"):
@@ -344,30 +343,23 @@ def _add_encoding(parser: argparse.ArgumentParser, model: str | None) -> None:
     add_trust(parser)
 
 
-def _load(args: argparse.Namespace) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+def _encoder(args: argparse.Namespace, sources: list[str]) -> tuple[ChatEncoder, ModelSource]:
+    """The encoder that these flags ask for, and the model that it writes for."""
+    only_text = all(map(_is_text, sources))  # before anything is loaded: a source may not be there
     with waiting(f"loading the tokenizer of {args.model}"):
-        from litft.models.load import load_tokenizer
+        from litft.data.template import ChatEncoder, find_template, missing_tokens
+        from litft.models.load import add_to_tokenizer, load_tokenizer
         from litft.models.resolve import resolve
 
         trust = args.trust_remote_code
         model = resolve(args.model, revision=args.model_revision, weights=False, trust_remote_code=trust)
-        return model, load_tokenizer(model, trust_remote_code=trust)
-
-
-def _encoder(
-    args: argparse.Namespace, model: ModelSource, tokenizer: PreTrainedTokenizerBase, sources: list[str]
-) -> ChatEncoder:
-    """The encoder of these flags; plain text needs no chat template."""
-    from litft.data.template import ChatEncoder, find_template, missing_tokens
-
-    if args.chat_template or not all(map(_is_text, sources)):
+        tokenizer = load_tokenizer(model, trust_remote_code=trust)
+    if args.chat_template or not only_text:  # plain text needs no template
         find_template(tokenizer, args.chat_template, add_tokens=args.add_tokens)
-        if args.add_tokens and (missing := missing_tokens(tokenizer)):
-            from tokenizers import AddedToken
-
-            added: list[Any] = [AddedToken(token, special=True, normalized=False) for token in missing]
-            tokenizer.add_tokens(added, special_tokens=True)
-    return ChatEncoder(tokenizer, train_on=args.train_on, allow_special_tokens=args.allow_special_tokens)
+        if args.add_tokens:
+            add_to_tokenizer(tokenizer, missing_tokens(tokenizer))
+    encoder = ChatEncoder(tokenizer, train_on=args.train_on, allow_special_tokens=args.allow_special_tokens)
+    return encoder, model
 
 
 def _is_text(source: str) -> bool:
@@ -375,8 +367,10 @@ def _is_text(source: str) -> bool:
     from litft.data.files import read_rows
     from litft.data.schemas import schema_of
 
-    first = next(read_rows(source))
-    return first.error is None and schema_of(first.value) == "text"
+    with contextlib.suppress(DataError):  # of a file that breaks off at once; whoever reads on will meet it
+        first = next(read_rows(source))
+        return first.error is None and schema_of(first.value) == "text"
+    return False
 
 
 def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Encoded]:

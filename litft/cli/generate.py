@@ -103,7 +103,7 @@ def _answer_file(args: argparse.Namespace) -> int:
 
         def count(now: int, total: int) -> None:
             nonlocal done
-            advance(now - done)
+            advance(now - done, total)
             done = now
 
         skipped = generate_file(

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from litft.errors import UserError
 
@@ -122,7 +122,7 @@ def choose(command: str, argv: list[str], actions: dict[str, tuple[Action, str]]
 
 
 @contextmanager
-def progress(what: str, total: int | None, unit: str, *, wait: float = PATIENCE_S) -> Iterator[Callable[[int], Any]]:
+def progress(what: str, total: int | None, unit: str, *, wait: float = PATIENCE_S) -> Iterator[Callable[..., None]]:
     """A progress line on stderr.
 
     Args:
@@ -132,7 +132,7 @@ def progress(what: str, total: int | None, unit: str, *, wait: float = PATIENCE_
         wait: seconds before the line appears.
 
     Yields:
-        A function to call with how much more was done.
+        A function to call with how much more was done, and with the total where only then it is known.
     """
     from tqdm import tqdm
 
@@ -147,7 +147,12 @@ def progress(what: str, total: int | None, unit: str, *, wait: float = PATIENCE_
         mininterval=0.2 if screen else PATIENCE_S,
         file=sys.stderr,
     ) as bar:
-        yield bar.update
+
+        def advance(more: int, total: int | None = None) -> None:
+            bar.total = total or bar.total
+            bar.update(more)
+
+        yield advance
 
 
 def say(text: str) -> None:
