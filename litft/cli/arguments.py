@@ -1,22 +1,33 @@
-"""From what a person types to plain `--group.key=value` arguments: short forms, configuration files, nearest keys."""
+"""From what a person types to plain `--group.key=value` arguments: short forms, configuration files, key checks."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litft.cli import keys
+from litft.cli.keys import OPEN, SWITCHES, TUNERS
 from litft.errors import UserError
 
-TUNERS = {"full": "litft.Full", "lora": "litft.LoRA", "qlora": "litft.QLoRA"}
 SHORT = {"data": "data.train", "model": "model.path"}
-SWITCHES = ("resume", "dry_run", "json", "print_config", "help")
-MANY = ("data.train", "data.weights", "data.val")
-"""Keys that take several values after one flag."""
-CLASSES = ("trainer.logger", "trainer.callbacks", "trainer.strategy", "trainer.plugins", "trainer.profiler", "data.val")
-"""Keys whose values have keys of their own, which only their class knows."""
+BARE = (*SWITCHES, "print_config", "help")
+"""Flags without a value."""
+LISTS = ("data.train", "data.weights", "samples.prompts")
+MANY = (*LISTS, "data.val")
+"""Keys that take several values after one flag; those of `LISTS` are lists even with one."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A key, its value, and where it was said: a flag, or file and line."""
+
+    key: str
+    value: Any
+    where: str
 
 
 def expand(argv: list[str], command_tuner: str | None) -> list[str]:
@@ -27,56 +38,86 @@ def expand(argv: list[str], command_tuner: str | None) -> list[str]:
         command_tuner: full, lora or qlora where the verb names the tuner.
 
     Returns:
-        `--key=value` words in order, those of configuration files first, so that flags go before them; the tuner's class
-        before its options.
+        `--key=value` words in order, those of configuration files first, so that flags go before them; the
+        tuner's class before its options.
 
     Raises:
-        UserError: for a stray word, a broken file, or a tuner that contradicts the verb.
+        UserError: for a stray word, an unknown key, a broken file, or a tuner that contradicts the verb.
     """
-    pairs: list[tuple[str, Any, str]] = []  # key, value, where it was said
-    flags: list[tuple[str, Any, str]] = []
-    for key, values in _flags(argv):
-        if key == "config":
-            for name in values:
-                pairs += [(k, v, name) for k, v in read_config(name)]
-        elif key in SWITCHES:
-            if values:
-                raise UserError(f"--{key} takes no value, but {values[0]!r} follows it")
-            flags.append((key, True, f"--{key}"))
+    flags = list(_flags(argv))
+    configs = [name for flag, values in flags if flag == "config" for name in values]
+    said = [entry for name in _with_saved(configs, flags) for entry in _said_in(name)]
+    said += [_said(key, values) for key, values in flags if key != "config"]
+    tuner = _tuner(said, command_tuner)
+    said = [_plain(entry) for entry in said if entry.key not in ("model.tuner", "model.tuner.class_path")]
+    keys.check([(entry.key, entry.where) for entry in said], tuner)
+    words = [f"--model.tuner={TUNERS.get(tuner, tuner)}"] if tuner else []
+    for entry in said:
+        if entry.key in BARE:
+            words += [f"--{entry.key}"] * bool(entry.value)
         else:
-            if not values:
-                raise UserError(f"--{key} needs a value")
-            if len(values) > 1 and key not in MANY:
-                raise UserError(f"--{key} takes one value, but {values[1]!r} follows {values[0]!r}")
-            many = len(values) > 1 or key in ("data.train", "data.weights")
-            flags.append((key, json.dumps(_numbers(key, values)) if many else values[0], f"--{key}"))
-    pairs += flags
-    tuner = command_tuner
-    for key, value, where in pairs:
-        if key in ("model.tuner", "model.tuner.class_path"):
-            name = next((n for n, path in TUNERS.items() if str(value).lower() in (n, path.lower())), None)
-            chosen = name or str(value)
-            if command_tuner and chosen != command_tuner:
-                raise UserError(f"{where} says tuner {chosen}; mend: litft finetune {chosen}")
-            tuner = chosen
-    words = []
-    if tuner:
-        words.append(f"--model.tuner={TUNERS.get(tuner, tuner)}")
-    for key, value, _ in pairs:
-        if key in ("model.tuner", "model.tuner.class_path"):
-            continue
-        key = key.replace("model.tuner.init_args.", "model.tuner.")
-        words.append(f"--{key}" if value is True and key in SWITCHES else f"--{key}={value}")
+            words.append(f"--{entry.key}={entry.value}")
     return words
+
+
+def _with_saved(configs: list[str], flags: list[tuple[str, list[str]]]) -> list[str]:
+    """The configuration files asked for; where none is, a resumed run's own."""
+    if configs or not any(key == "resume" for key, _ in flags):
+        return configs
+    saved = [Path(values[-1]) / "config.yaml" for key, values in flags if key == "out" and values]
+    return [str(path) for path in saved[-1:] if path.is_file()]
+
+
+def _said(key: str, values: list[str]) -> Said:
+    where = f"--{key}"
+    if key in BARE:
+        if values:
+            raise UserError(f"--{key} takes no value, but {values[0]!r} follows it")
+        return Said(key, True, where)
+    if not values:
+        raise UserError(f"--{key} needs a value")
+    if len(values) > 1 and key not in MANY:
+        raise UserError(f"--{key} takes one value, but {values[1]!r} follows {values[0]!r}")
+    if len(values) == 1 and (key not in LISTS or values[0].startswith("[")):
+        return Said(key, values[0], where)
+    if key == "data.weights":
+        try:
+            return Said(key, json.dumps([float(value) for value in values]), where)
+        except ValueError:
+            raise UserError(f"--data.weights {' '.join(values)}: not numbers") from None
+    return Said(key, json.dumps(values), where)
+
+
+def _tuner(said: list[Said], command_tuner: str | None) -> str | None:
+    """The tuner that verb, files and flags agree on: full, lora, qlora or a class path."""
+    tuner = command_tuner
+    for entry in said:
+        if entry.key in ("model.tuner", "model.tuner.class_path") and entry.value not in (None, "null"):
+            text = str(entry.value)
+            name = next((n for n, path in TUNERS.items() if text.lower() in (n, path.lower())), None)
+            if name is None and "." not in text:
+                near = difflib.get_close_matches(text, TUNERS, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f"{entry.where}: no tuner {text!r}: one of {', '.join(TUNERS)}, or a class path{hint}")
+            if command_tuner and (name or text) != command_tuner:
+                raise UserError(
+                    f"{entry.where}: tuner {name or text}, but the command says {command_tuner}\n"
+                    f"mend: litft finetune {name or command_tuner} ..."
+                )
+            tuner = name or text
+    return tuner
+
+
+def _plain(entry: Said) -> Said:
+    """The tuner's options without `init_args`, as a saved configuration has them."""
+    return Said(entry.key.replace("model.tuner.init_args.", "model.tuner."), entry.value, entry.where)
 
 
 def _flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each flag with the values up to the next one."""
     position = 0
     while position < len(argv):
-        word = argv[position]
-        if word == "-h":
-            word = "--help"
+        word = {"-h": "--help", "-c": "--config"}.get(argv[position], argv[position])
         if not word.startswith("--"):
             raise UserError(f"{word!r} follows no flag; mend: litft finetune lora --data {word}")
         key, equals, value = word[2:].partition("=")
@@ -88,53 +129,50 @@ def _flags(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
         yield SHORT.get(key, key), values
 
 
-def _numbers(key: str, values: list[str]) -> list[Any]:
-    if key == "data.weights":
-        try:
-            return [float(v) for value in values for v in value.strip("[]").split(",")]
-        except ValueError:
-            raise UserError(f"--data.weights {' '.join(values)}: not numbers") from None
-    if len(values) == 1 and values[0].startswith("["):
-        try:
-            return json.loads(values[0])
-        except json.JSONDecodeError:
-            return values
-    return values
-
-
 def read_config(name: str) -> list[tuple[str, Any]]:
     """The keys and values of a configuration file, or of one that config_hub has under that name.
 
     Raises:
         UserError: no such file or name (the nearest is named), or broken YAML.
     """
+    return [(entry.key, entry.value) for entry in _said_in(name)]
+
+
+def _said_in(name: str) -> list[Said]:
     import yaml
 
     path = find_config(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path}: holds a {root.id}, not keys and values")
+        return list(_flatten(root, "", str(path), loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    if content is None:
-        return []
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not keys and values")
-    return list(_flatten(content, ""))
 
 
-def _flatten(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        name = SHORT.get(key, key) if not prefix and not isinstance(value, dict) else f"{prefix}{key}"
-        if isinstance(value, dict) and name not in CLASSES and value:
-            yield from _flatten(value, f"{name}.")
-        elif isinstance(value, (dict, list)) or value is None or isinstance(value, bool):
-            yield name, json.dumps(value) if name not in SWITCHES else value
-        else:
-            yield name, value
+def _flatten(mapping: Any, prefix: str, file: str, loader: Any) -> Iterator[Said]:
+    """The leaves below a YAML mapping, each under its dotted key."""
+    for key_node, node in mapping.value:
+        where = f"{file}:{key_node.start_mark.line + 1}"
+        key = f"{prefix}{loader.construct_object(key_node, deep=True)}"
+        if node.id == "mapping" and key not in OPEN and node.value:
+            yield from _flatten(node, f"{key}.", file, loader)
+            continue
+        value = loader.construct_object(node, deep=True)
+        if not prefix and key in SHORT:
+            key = SHORT[key]
+        if key in LISTS and isinstance(value, str):
+            value = [value]
+        plain = isinstance(value, str) or key in BARE
+        yield Said(key, value if plain else json.dumps(value), where)
 
 
 def config_hub() -> Path:
@@ -160,27 +198,3 @@ def find_config(name: str) -> Path:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"--config {name}: no such file, and config_hub has no such name{hint}\nmend: litft config list")
-
-
-def check_keys(words: Iterable[str], known: set[str], tuner_keys: set[str]) -> None:
-    """Refuse keys that nothing takes, naming the nearest that something does.
-
-    Args:
-        words: of `expand`.
-        known: all keys of the parser, dotted.
-        tuner_keys: options of the chosen tuner.
-
-    Raises:
-        UserError: for the first unknown key.
-    """
-    valid = known | {f"model.tuner.{key}" for key in tuner_keys} | set(SHORT) | {"config", "debug", *SWITCHES}
-    for word in words:
-        key = word[2:].partition("=")[0]
-        if key in valid or any(key == c or key.startswith(f"{c}.") for c in CLASSES):
-            continue
-        last = key.rpartition(".")[2]
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
-        near = near or [k for k in sorted(valid) if k.rpartition(".")[2] == last]
-        near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-        hint = f"; did you mean --{near[0]}?" if near else ""
-        raise UserError(f"unknown key --{key}{hint}\nall keys: litft finetune lora --help")

@@ -1,63 +1,67 @@
-"""`litft finetune full|lora|qlora`: every `trainer.*`, `model.*`, `data.*` and `checkpoint.*` key is a flag and a YAML key."""
+"""`litft finetune full|lora|qlora`: all keys of Trainer, model, data and checkpoints are flags and YAML keys."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from litft.cli import arguments
+from litft.cli.keys import SWITCHES
+from litft.cli.readable import readable
+from litft.engine.signals import Signals, Stopped
 from litft.errors import UserError
 
 METHODS = ("full", "lora", "qlora")
+FOLDER = "LITFT_RUN_FOLDER"
+"""Where the first process of a run tells those it starts which folder it took."""
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    if not argv or argv[0].startswith("-") or argv[0] not in METHODS:
+    if argv and argv[0] in ("-h", "--help"):
+        argv = ["lora", "--help"]
+    if not argv or argv[0] not in METHODS:
         import difflib
 
-        if argv and argv[0] in ("-h", "--help"):
-            argv = ["lora", "--help"]
-        else:
-            near = difflib.get_close_matches(argv[0], METHODS, n=1) if argv else []
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"litft finetune needs a method: {', '.join(METHODS)}{hint}\nmend: litft finetune lora --data FILE"
-            )
-    tuner, argv = argv[0], argv[1:]
-    if "--resume" in argv and "--out" in argv and not any(w.startswith("--config") for w in argv):
-        saved = f"{argv[argv.index('--out') + 1]}/config.yaml"
-        argv = ["--config", saved, *argv] if os.path.isfile(saved) else argv
-    words = arguments.expand(argv, tuner)
-    if "--help" in words:
-        print(HELP)
-    _quiet()
-    return _run(_parse(words), tuner)
+        near = difflib.get_close_matches(argv[0], METHODS, n=1) if argv else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"litft finetune needs a method: {', '.join(METHODS)}{hint}\nmend: litft finetune lora --data FILE"
+        )
+    tuner = argv[0]
+    words = arguments.expand(argv[1:], tuner)
+    with Signals() as signals:
+        try:
+            if "--help" in words:
+                print(HELP)
+            _quiet()
+            try:
+                cli = _parse(words)
+            except SystemExit as done:  # --help and --print_config end in the parser
+                return int(done.code or 0)
+            return _run(cli, tuner, signals)
+        except Stopped as stop:
+            if _follows():
+                return 0  # its first process says it; any other code and Lightning would kill that one
+            to_do = f"; go on with: litft finetune {tuner} --out {stop.folder} --resume" if stop.folder else ""
+            print(f"{stop}{to_do}", file=sys.stderr)
+            return 128 + stop.number
 
 
-def _run(cli: Any, tuner: str) -> int:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from litft.engine import run_folder
-    from litft.engine.checkpoints import Stopped
+def _run(cli: Any, tuner: str, signals: Signals) -> int:
+    from litft.engine.checkpoints import newest
     from litft.engine.console import plan_lines
     from litft.engine.metrics import BadLoss
     from litft.engine.run import plan, report, run
 
     config = cli.config
-    folder = run_folder.claim(config.out, tuner, config.resume) if config.out and not config.dry_run else None
-    try:
-        trainer = cli.make_trainer(logger=config.trainer.logger or False)
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+    folder = _folder(config, tuner) if config.out and not config.dry_run else None
+    trainer = _trainer(cli)
     planned = plan(cli.model, cli.datamodule, trainer)
     if config.dry_run:
         cli.model.build(trainer.precision, trainer.strategy.root_device)
@@ -66,60 +70,100 @@ def _run(cli: Any, tuner: str) -> int:
         planned["skipped_modules"] = applied.skipped
         print(json.dumps(planned, indent=2) if config.json else "\n".join(plan_lines(planned)))
         return 0
-    if folder is None:
-        folder = run_folder.claim(None, tuner, config.resume)
+    folder = folder or _folder(config, tuner)
+    if trainer.world_size > 1:
+        os.environ[FOLDER] = str(folder.absolute())
     if trainer.is_global_zero:
         print(
-            "\n".join(
-                [f"run    {folder} ({trainer.precision} on {trainer.strategy.root_device})", *plan_lines(planned)]
-            )
+            f"run    {folder} ({trainer.precision} on {trainer.strategy.root_device})", *plan_lines(planned), sep="\n"
         )
-    saved = config.clone()
-    for key in (*SWITCH_HELP, "config"):
-        saved.pop(key, None)
     try:
-        with _signals(trainer):
-            outcome = run(
-                trainer,
-                cli.model,
-                cli.datamodule,
-                folder,
-                resume=config.resume,
-                val_every_n_steps=config.val_every_n_steps,
-                patience=config.patience,
-                planned=planned,
-                config=cli.parser.dump(saved, skip_none=False),
-            )
+        outcome = run(
+            trainer,
+            cli.model,
+            cli.datamodule,
+            folder,
+            resume=config.resume,
+            val_every_n_steps=config.val_every_n_steps,
+            patience=config.patience,
+            log_every_n_steps=config.trainer.log_every_n_steps,
+            planned=planned,
+            config=_resolved(cli, trainer),
+            signals=signals,
+        )
     except Stopped as stop:
-        print(f"{stop}; go on with: litft finetune {tuner} --out {folder} --resume", file=sys.stderr)
-        return 128 + stop.number
+        if stop.folder is None and newest(folder / "checkpoints"):
+            raise Stopped(stop.number, stop.step, folder) from None
+        raise
     except BadLoss as error:
-        print(f"error: {error}", file=sys.stderr)
+        if trainer.is_global_zero:
+            print(f"error: {error}", file=sys.stderr)
         return 1
     if trainer.is_global_zero:
         print(report(outcome))
     return 0
 
 
-@contextlib.contextmanager
-def _signals(trainer: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run at the next step, after a checkpoint; a second Ctrl-C ends it at once."""
-    from litft.engine.checkpoints import Checkpoints
+def _follows() -> bool:
+    """Whether another process leads this run."""
+    from lightning.pytorch.utilities import rank_zero_only
 
-    checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+    return bool(getattr(rank_zero_only, "rank", 0))
 
-    def note(number: int, frame: Any) -> None:
-        if checkpoints.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        checkpoints.signal = number
-        print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+def _folder(config: Any, tuner: str) -> Path:
+    """The run folder, taken by the first process of a run."""
+    from litft.engine import run_folder
+
+    if not _follows():
+        return run_folder.claim(config.out, tuner, config.resume)
+    if FOLDER not in os.environ and config.out is None:
+        raise UserError("several processes that were started from outside need --out FOLDER to meet in")
+    return Path(os.environ.get(FOLDER) or config.out)
+
+
+def _trainer(cli: Any) -> Any:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from litft.engine.precision import default_precision
+
+    said = cli.config.trainer
+    limits = {"max_epochs": 1} if said.max_epochs is None and said.max_steps == -1 else {}
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return cli.make_trainer(
+            logger=cli.config_init.trainer.logger or False,
+            precision=said.precision or default_precision(said.accelerator),
+            enable_progress_bar=sys.stderr.isatty() if said.enable_progress_bar is None else said.enable_progress_bar,
+            **limits,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
+        text = " ".join(str(error).split())
+        if said.accelerator not in ("auto", "cpu"):
+            raise UserError(f"--trainer.accelerator {said.accelerator}: {text[:200]}\n{_devices()}") from error
+        raise UserError(f"trainer: {text[:300]}") from error
+
+
+def _devices() -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    found = f"{count} CUDA GPUs" if count else "no CUDA GPU"
+    return (
+        f"this machine has {found} and {os.cpu_count()} CPU cores; torch {torch.__version__}\nmend: leave the flag out"
+    )
+
+
+def _resolved(cli: Any, trainer: Any) -> str:
+    """The configuration with every default that this run's data and model have decided, as YAML that runs it again."""
+    config = cli.config.clone()
+    for key in (*SWITCHES, "config", "out"):
+        config.pop(key, None)
+    data = cli.datamodule
+    config.trainer.precision = trainer.precision
+    config.model.lr = cli.model.lr
+    config.data.tokens_per_step, config.data.tokens_per_batch = data.tokens_per_step, data.tokens_per_batch
+    config.data.max_length = data.limit
+    return cli.parser.dump(config, skip_none=False)
 
 
 HELP = """\
@@ -144,17 +188,20 @@ def _quiet() -> None:
 
 
 def _parse(words: list[str]) -> Any:
+    """The command line's objects: a `LightningCLI` with `config`, `model` and `datamodule`; the Trainer comes later."""
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from litft.data.chat import ChatData
     from litft.engine.checkpoints import Checkpoints
-    from litft.engine.precision import default_precision
     from litft.engine.samples import Samples
     from litft.methods.sft import SFT
 
+    class Unparsed(UserError):
+        """What jsonargparse says, maybe of a parser within the parser."""
+
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            raise UserError(_readable(message))
+            raise Unparsed(message)
 
     class CLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> Any:
@@ -180,18 +227,23 @@ def _parse(words: list[str]) -> Any:
                 default=None,
                 help="Stop after so many validations without a better val_loss.",
             )
-            for name, text in SWITCH_HELP.items():
+            for name, text in SWITCHES.items():
                 parser.add_argument(f"--{name}", action="store_true", help=text)
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            try:
+                super().parse_arguments(parser, args)
+            except Unparsed as error:
+                raise UserError(readable(str(error))) from None
 
         def before_instantiate_classes(self) -> None:
             check_trainer(self.config)
-            trainer = self.config.trainer
-            if trainer.max_epochs is None and trainer.max_steps == -1:
-                trainer.max_epochs = 1
-            if trainer.enable_progress_bar is None:
-                trainer.enable_progress_bar = sys.stderr.isatty()
-            if self.config.trainer.precision is None:
-                self.config.trainer.precision = default_precision(self.config.trainer.accelerator)
+
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except (ImportError, ValueError) as error:  # a logger whose package isn't there, say
+                raise UserError(readable(str(error))) from error
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:  # the run folder has to be known first
             return None
@@ -199,21 +251,9 @@ def _parse(words: list[str]) -> Any:
         def make_trainer(self, **kwargs: Any) -> Any:
             return super().instantiate_trainer(**kwargs)
 
-        def check_keys(self, words: list[str]) -> None:
-            known = {key for key, _ in self.parser.get_defaults(skip_validation=True).items()}
-            groups = {key.rpartition(".")[0] for key in known}
-            tuner = next((w.partition("=")[2] for w in words if w.startswith("--model.tuner=")), "litft.LoRA")
-            import litft
-
-            cls = getattr(litft, tuner.rpartition(".")[2], None)
-            options = set(inspect.signature(cls).parameters) if cls else set()
-            arguments.check_keys(words, known | {"seed_everything"} | groups - {""}, options)
-
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            if "--help" not in words and "--print_config" not in words:
-                self.check_keys(words)
-            super().parse_arguments(parser, args)
-
+    tuner = (
+        next((word for word in words if word.startswith("--model.tuner=")), "=litft.LoRA").rpartition(".")[2].lower()
+    )
     return CLI(
         SFT,
         ChatData,
@@ -221,24 +261,10 @@ def _parse(words: list[str]) -> Any:
         args=words,
         save_config_callback=None,
         seed_everything_default=42,
+        auto_configure_optimizers=False,
         trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
-        parser_kwargs={"allow_abbrev": False, "prog": "litft finetune lora"},
+        parser_kwargs={"allow_abbrev": False, "prog": f"litft finetune {tuner}"},
     )
-
-
-SWITCH_HELP = {
-    "resume": "Go on from the newest complete checkpoint of --out.",
-    "dry_run": "Do everything up to the first step and print the plan.",
-    "json": "With --dry_run: the plan as JSON.",
-}
-
-
-def _readable(message: str) -> str:
-    """The lines of jsonargparse's message that say what and where."""
-    if "data.train" in message and ("required" in message or "Key" in message):
-        return "no data: --data FILE is missing\nmend: litft finetune lora --data chats.jsonl"
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return "\n".join(line[:200] for line in lines[:5])
 
 
 def check_trainer(config: Any) -> None:
@@ -259,8 +285,8 @@ def check_trainer(config: Any) -> None:
             raise UserError(f"--trainer.{key} would cut through the planned optimizer steps; mend: {mend}")
     if "true" in str(trainer.precision) and not str(trainer.precision).startswith("32"):
         raise UserError(
-            f"--trainer.precision {trainer.precision} rounds away what is learnt (updates below 2^-8 of a weight vanish)\n"
-            "mend: bf16-mixed keeps what is trained in fp32 and computes in bf16"
+            f"--trainer.precision {trainer.precision} rounds away what is learnt\n"
+            "(updates below 1/256 of a weight); mend: bf16-mixed trains fp32 weights and computes in bf16"
         )
 
 

@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK") or 0) == 0:  # what one process of a run says need not be said by all
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

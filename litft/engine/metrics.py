@@ -51,7 +51,6 @@ class StepMetrics(Callback):
         self.record: dict[str, Any] = {}
         self.bad_steps = 0
         self.losses_before: dict[str, float] = {}
-        self.losses_after: dict[str, float] = {}
         self.losses_at: dict[int, dict[str, float]] = {}
         self._bad: torch.Tensor | None = None
         self._rows: list[tuple[int, torch.Tensor, list[int]]] = []
@@ -128,7 +127,7 @@ class StepMetrics(Callback):
             epoch, index = trainer.datamodule.plan.locate(trainer.global_step - 1)  # type: ignore[attr-defined]
             steps = len(trainer.datamodule.plan.steps(epoch))  # type: ignore[attr-defined]
             self.record = {"step": trainer.global_step, "epoch": round(epoch + (index + 1) / steps, 4)}
-        self.losses_after = self.losses_at[trainer.global_step] = dict(pl_module.val_losses)
+        self.losses_at[trainer.global_step] = dict(pl_module.val_losses)
         self.record |= pl_module.val_losses
         now = time.perf_counter()
         self._counted_from += now - self._end
@@ -142,6 +141,16 @@ class StepMetrics(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Send what is there."""
         self._send(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the closing report says of the steps before a resume."""
+        return {"losses_before": self.losses_before, "losses_at": self.losses_at, "bad_steps": self.bad_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.losses_before, self.losses_at = state_dict["losses_before"], state_dict["losses_at"]
+        self.bad_steps = state_dict["bad_steps"]
+        self._bad = torch.tensor(self.bad_steps)
 
     def _lr(self, trainer: Trainer) -> float:
         """The learning rate that the step just done was made with: the schedule has moved on already."""

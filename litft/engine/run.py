@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from litft.data.chat import ChatData
-from litft.engine.checkpoints import FILE, Checkpoints, newest, step_of
+from litft.engine.checkpoints import Checkpoints, newest_whole, step_of
 from litft.engine.console import Console, plan_lines
 from litft.engine.metrics import MetricsCSV, StepMetrics
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
-from litft.errors import UserError
+from litft.engine.signals import Signals
 from litft.methods.base import Method
 
 VALIDATIONS = 4  # during a run, where nothing is said
@@ -68,8 +68,10 @@ def run(
     resume: bool = False,
     val_every_n_steps: int | None = None,
     patience: int | None = None,
+    log_every_n_steps: int | None = None,
     planned: dict[str, Any] | None = None,
     config: str = "",
+    signals: Signals | None = None,
 ) -> Outcome:
     """Train, and write `final/`.
 
@@ -78,22 +80,21 @@ def run(
         method: what to train.
         data: on what.
         folder: the run folder.
-        resume: go on from its newest checkpoint.
+        resume: go on from its newest checkpoint; begin where it has none yet.
         val_every_n_steps: optimizer steps between validations; four a run where None, 0 for before and after only.
         patience: validations without a better loss after which the run stops.
+        log_every_n_steps: optimizer steps between records; about a hundred records a run where None.
         planned: of `plan`.
         config: the resolved configuration, kept as config.yaml.
+        signals: handlers that wait for a checkpoint while training.
 
     Returns:
         Losses and answers before and after, and where the result lies.
     """
     planned = planned or plan(method, data, trainer)
-    checkpoint = newest(folder / "checkpoints") if resume else None
-    if resume and checkpoint is None:
-        raise UserError(f"--resume: {folder} holds no complete checkpoint")
-    checkpoints = _one(trainer, Checkpoints)
-    samples = _one(trainer, Samples)
-    metrics = StepMetrics(trainer.log_every_n_steps if getattr(trainer, "litft_log_every", None) else None)
+    checkpoint = _resume_point(folder, trainer, data.total_steps) if resume else None
+    checkpoints, samples, metrics = _one(trainer, Checkpoints), _one(trainer, Samples), StepMetrics(log_every_n_steps)
+    checkpoints.signals = signals
     checkpoints.folder = folder / "checkpoints"
     trainer.callbacks.insert(0, metrics)  # type: ignore[attr-defined]
     if patience is not None:
@@ -104,13 +105,12 @@ def run(
     since = step_of(checkpoint) if checkpoint else None
     trainer.loggers = [MetricsCSV(folder, since), *trainer.loggers, Console(data.total_steps)]
     record = _begin(trainer, folder, planned, config, checkpoint)
-    if trainer.is_global_zero and checkpoint:
-        print(f"going on from step {since} of {data.total_steps} ({checkpoint.parent})")
     try:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except BaseException as error:
         if record:
-            record.finish(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            text = str(error).strip().partition("\n")[0]
+            record.finish(f"{type(error).__name__}: {text}", steps=trainer.global_step)
         raise
     outcome = _finish(trainer, method, data, folder, checkpoints, metrics)
     if samples.questions and trainer.world_size == 1:
@@ -133,11 +133,32 @@ def run(
     return outcome
 
 
+def _resume_point(folder: Path, trainer: Trainer, total_steps: int) -> Path | None:
+    """The checkpoint to go on from, and a line about it."""
+    file, damaged = newest_whole(folder / "checkpoints", write=trainer.is_global_zero)
+    if trainer.is_global_zero:
+        for place in damaged:
+            print(f"checkpoint {place.name} is damaged and put aside", file=sys.stderr)
+        if file is None:
+            print(f"{folder} has no checkpoint yet: beginning at its first step")
+        else:
+            print(f"going on from step {step_of(file)} of {total_steps} ({file.parent})")
+    return file
+
+
+def keep_config(folder: Path, config: str, step: int) -> None:
+    """Write config.yaml; one that a resumed run has changed is kept beside it under the step it held to."""
+    path = folder / "config.yaml"
+    if path.exists() and config and path.read_text(encoding="utf-8") != config:
+        path.replace(folder / f"config-until-step-{step}.yaml")
+    if config:
+        path.write_text(config, encoding="utf-8")
+
+
 def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str, resumed: Any) -> RunFile | None:
     if not trainer.is_global_zero:
         return None
-    if config and not (resumed and (folder / "config.yaml").exists()):
-        (folder / "config.yaml").write_text(config, encoding="utf-8")
+    keep_config(folder, config, step_of(resumed) if resumed else 0)
     facts = {
         "plan": planned,
         "precision": trainer.precision,
@@ -152,15 +173,16 @@ def _finish(
     trainer: Trainer, method: Method, data: ChatData, folder: Path, checkpoints: Checkpoints, metrics: StepMetrics
 ) -> Outcome:
     """Put the chosen weights into the model and write `final/`."""
-    last, best = trainer.global_step, checkpoints.best
-    outcome = Outcome(folder, metrics.losses_before, metrics.losses_after, last, f"the last, step {last}")
-    if best and checkpoints.final == "best":
+    last, best, best_file = trainer.global_step, checkpoints.best, checkpoints.best_file()
+    outcome = Outcome(folder, metrics.losses_before, metrics.losses_at.get(last, {}), last, f"the last, step {last}")
+    if best and best_file and checkpoints.final == "best":
         outcome.final_step, outcome.why = best[1], f"the best by val_loss, step {best[1]} of {last}"
         outcome.losses_after = metrics.losses_at.get(best[1], {"val_loss": best[0]})
         if best[1] != last:
-            assert checkpoints.folder is not None
-            state = torch.load(checkpoints.folder / "best" / FILE, map_location="cpu", weights_only=True)
+            state = torch.load(best_file, map_location="cpu", weights_only=True)
             method.tuner.load_trainable_state(method.net.model, state["state_dict"])
+    if not trainer.is_global_zero:
+        return outcome
     method.save(folder / "final")
     return outcome
 

@@ -1,0 +1,105 @@
+"""The keys of `litft finetune`, read from the sources of the classes that take them.
+
+Importing those classes takes seconds; a mistyped flag is answered in a fraction of one.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from litft.errors import UserError
+
+SWITCHES = {
+    "resume": "Go on from the newest complete checkpoint of --out.",
+    "dry_run": "Do everything up to the first step and print the plan.",
+    "json": "With --dry_run: the plan as JSON.",
+}
+COMMAND = ("seed_everything", "out", "val_every_n_steps", "patience", "config", "print_config", "help", *SWITCHES)
+"""Keys of the command itself."""
+GROUPS = {
+    "model": [("litft", "methods/base.py", "Method")],
+    "data": [("litft", "data/chat.py", "ChatData")],
+    "checkpoint": [("litft", "engine/checkpoints.py", "Checkpoints")],
+    "samples": [("litft", "engine/samples.py", "Samples")],
+    "trainer": [("lightning", "pytorch/trainer/trainer.py", "Trainer")],
+}
+TUNERS = {"full": "litft.Full", "lora": "litft.LoRA", "qlora": "litft.QLoRA"}
+OPTIONS = {
+    "full": [("litft", "tuners/full.py", "Full")],
+    "lora": [("litft", "tuners/lora.py", "LoRA")],
+    "qlora": [("litft", "tuners/qlora.py", "QLoRA"), ("litft", "tuners/lora.py", "LoRA")],
+}
+OPEN = ("trainer.logger", "trainer.callbacks", "trainer.strategy", "trainer.plugins", "trainer.profiler", "data.val")
+"""Keys whose values have keys of their own, which only their class knows."""
+
+
+@cache
+def parameters(package: str, file: str, cls: str) -> tuple[str, ...] | None:
+    """Names of the arguments in a class's own `__init__`; None where its source isn't found."""
+    spec = find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(folders or [""]))) / file
+    if not path.is_file():
+        return None
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == cls:
+            inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+            return tuple(a.arg for init in inits for a in [*init.args.args[1:], *init.args.kwonlyargs])
+    return None
+
+
+@cache
+def known(tuner: str | None) -> tuple[frozenset[str], tuple[str, ...]]:
+    """All keys, and the groups whose own keys can't be known ahead.
+
+    Args:
+        tuner: full, lora or qlora; another class path has options that only it knows.
+    """
+    found, opened = set(COMMAND), list(OPEN)
+    for group, places in {**GROUPS, "model.tuner": OPTIONS.get(tuner or "lora", [])}.items():
+        names = [parameters(*place) for place in places]
+        if not names or None in names:
+            opened.append(group)
+        found |= {group} | {f"{group}.{name}" for own in names for name in own or ()}
+    return frozenset(found), tuple(opened)
+
+
+def check(keys: Iterable[tuple[str, str]], tuner: str | None) -> None:
+    """Refuse keys that nothing takes, naming the nearest that something does.
+
+    Args:
+        keys: dotted keys, each with where it was said (a flag, or file and line).
+        tuner: as in `known`.
+
+    Raises:
+        UserError: for the first unknown key.
+    """
+    valid, opened = known(tuner)
+    for key, where in keys:
+        if key in valid or any(key == group or key.startswith(f"{group}.") for group in opened):
+            continue
+        near = nearest(key, valid)
+        hint = f"; did you mean {near}?" if near else ""
+        place = "" if where == f"--{key}" else f"{where}: "
+        raise UserError(f"{place}unknown key --{key}{hint}\nall keys: litft finetune {tuner or 'lora'} --help")
+
+
+def nearest(key: str, valid: Iterable[str]) -> str | None:
+    """The key that was probably meant, as a flag."""
+    valid = sorted(valid)
+    last = key.rpartition(".")[2]
+    leaves: dict[str, list[str]] = {}
+    for name in valid:
+        leaves.setdefault(name.rpartition(".")[2], []).append(name)
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)
+    if not near and last in leaves:  # the right name under another group, or under none
+        near = difflib.get_close_matches(key, leaves[last], n=1, cutoff=0.0)
+    if not near and (leaf := difflib.get_close_matches(last, leaves, n=1, cutoff=0.75)):
+        near = difflib.get_close_matches(key, leaves[leaf[0]], n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"--{near[0]}" if near else None

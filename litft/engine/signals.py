@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: at once where nothing would be lost, after the present step and its checkpoint while training."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+OBEYED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal ended the run; like KeyboardInterrupt no `Exception`, so that no library takes it for its own failure.
+
+    Args:
+        number: of the signal.
+        step: optimizer steps done, all of them in a checkpoint; None where no training had begun.
+        folder: the run folder, where there is a checkpoint to go on from.
+    """
+
+    def __init__(self, number: int, step: int | None = None, folder: Path | None = None) -> None:
+        self.number, self.step, self.folder = number, step, folder
+        after = "" if step is None else f" after step {step}"
+        super().__init__(f"stopped by {signal.Signals(number).name}{after}")
+
+
+class Signals:
+    """Handlers of the signals that ask a process to end; a context manager.
+
+    A signal raises `Stopped` in the main thread. While `deferred` it is only noted, to be obeyed between two steps; a
+    second Ctrl-C then raises all the same.
+    """
+
+    def __init__(self) -> None:
+        self.noted: int | None = None
+        self.deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.getsignal(number) for number in OBEYED}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals, also back from a Trainer, whose own handler would end the run before its checkpoint."""
+        if threading.current_thread() is threading.main_thread():
+            for number in OBEYED:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if not self.deferred or (self.noted is not None and number == signal.SIGINT):
+            raise Stopped(number)
+        if self.noted is None:
+            self.noted = number
+            print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
