@@ -96,7 +96,14 @@ def resolve(
 
     from litft.models.hub import download
 
-    snapshot = download(text, revision=revision, weights=weights, offline=offline, code=trust_remote_code)
+    try:
+        snapshot = download(text, revision=revision, weights=weights, offline=offline, code=trust_remote_code)
+    except UserError as error:
+        if (
+            len(folder.parts) == 2 and folder.parent.is_dir()
+        ):  # runs/0003-lora looks like a hub id, but is a misspelt run
+            raise UserError(_missing(text, folder)) from error
+        raise
     source = _from_folder(text, snapshot, **options)
     if source.adapter is not None:
         return source
@@ -252,14 +259,9 @@ def _check_weights(folder: Path) -> None:
 
 
 def _looks_like_path(text: str) -> bool:
-    parts = Path(text).parts
+    path = Path(text)
     return (
-        text.startswith((".", "/", "~"))
-        or text.endswith("/")
-        or "\\" in text
-        or len(parts) > 2
-        or Path(text).is_file()
-        or (len(parts) == 2 and Path(parts[0]).is_dir())
+        text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or len(path.parts) > 2 or path.is_file()
     )
 
 

@@ -126,12 +126,21 @@ def test_names_that_lead_nowhere(model: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     assert "holds: model/" in refused(tmp_path / "modle", "there is no folder")
     assert "holds: model/" in refused("./modle", "there is no folder")
-    refused("model/final", "there is no folder")  # not a hub id: model/ is a folder here
+    assert "model holds: " in refused("model/final", "there is no folder")  # hardly a hub id: model/ is a folder here
     refused(model / "config.json", "is a file")
     refused("  ", "empty")
     refused("no spaces/please", "neither a folder here nor the id")
     (tmp_path / "empty").mkdir()
     assert "it holds: nothing" in refused(tmp_path / "empty", "holds no model")
+
+
+def test_a_folder_here_does_not_hide_the_hubs_organisation(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    monkeypatch.setattr("litft.models.hub.download", lambda name, **options: model)
+    assert resolve("org/name").hub_id == "org/name"
 
 
 def test_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
