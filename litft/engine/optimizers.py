@@ -14,7 +14,12 @@ NAMES = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd")
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float
+    name: str,
+    groups: list[dict[str, Any]],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    fused: bool = True,
 ) -> Optimizer:
     """Make an optimizer.
 
@@ -26,12 +31,13 @@ def build_optimizer(
         lr: learning rate.
         betas: decay rates of the moments.
         weight_decay: decoupled weight decay.
+        fused: False where the loss is scaled (fp16): a fused step unscales gradients itself, after they were clipped.
 
     Raises:
         UserError: for an unknown name, or one whose library is missing.
     """
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay)
     if name in ("adamw_8bit", "paged_adamw_8bit"):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from litft.errors import UserError
+
 
 def default_precision(accelerator: str = "auto") -> str:
     """bf16 compute over fp32 trainable weights where the hardware is fast at it, fp16 with loss scaling on older GPUs.
@@ -20,6 +22,22 @@ def default_precision(accelerator: str = "auto") -> str:
     if accelerator in ("auto", "cpu") and fast_bf16_cpu():
         return "bf16-mixed"
     return "32-true"
+
+
+def check_precision(precision: str) -> None:
+    """Refuse weights in 16 bits.
+
+    Args:
+        precision: Lightning's name.
+
+    Raises:
+        UserError: for bf16-true, 16-true and the like.
+    """
+    if "true" in precision and "32" not in precision and "64" not in precision:
+        raise UserError(
+            f"precision {precision} rounds away what is learnt (updates below 2^-8 of a weight vanish)\n"
+            "mend: bf16-mixed keeps what is trained in fp32 and computes in bf16"
+        )
 
 
 @functools.cache

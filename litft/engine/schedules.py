@@ -15,7 +15,8 @@ WSD_DECAY = 0.2  # share of the run over which warmup-stable-decay goes down (Hu
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
     """Steps of warmup: `warmup` itself from 1 on, below 1 that share of the run, rounded up."""
-    return min(total_steps, math.ceil(total_steps * warmup) if warmup < 1 else int(warmup))
+    share = math.ceil(round(total_steps * warmup, 6))  # 100 * 0.07 is 7.000000000000001
+    return min(total_steps, share if warmup < 1 else int(warmup))
 
 
 def schedule(name: Name, total_steps: int, warmup: float, floor: float = 0.0) -> Callable[[int], float]:

@@ -16,6 +16,7 @@ from litft.data.batch import Batch
 from litft.data.loader import Step
 from litft.engine.guard import clip_and_guard
 from litft.engine.optimizers import build_optimizer
+from litft.engine.precision import check_precision
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.models.alias import DEFAULT_MODEL
@@ -132,6 +133,7 @@ class Method(LightningModule):
 
     def configure_model(self) -> None:
         """Load the model and apply the tuner, once; Trainer's hook."""
+        check_precision(str(self.trainer.precision))
         if not hasattr(self, "net"):
             self.build(self.trainer.precision, self.trainer.strategy.root_device)
 
@@ -201,7 +203,8 @@ class Method(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over what the tuner trains, and its schedule over the run's exact number of steps."""
         groups = self.tuner.param_groups(self.net.model, self.lr, self.weight_decay)
-        optimizer = build_optimizer(self.optimizer_name, groups, self.lr, self.betas, self.weight_decay)
+        fused = self.half != torch.float16
+        optimizer = build_optimizer(self.optimizer_name, groups, self.lr, self.betas, self.weight_decay, fused)
         if self.total_steps is None:
             raise RuntimeError("set total_steps (data.total_steps) before configure_optimizers")
         floor = self.min_lr / self.lr if self.lr else 0.0
