@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from litft.errors import UserError
 from litft.tuners.quant import Int8Linear
 
-_ROUTER_CLASS = re.compile(r"Router|Gating|TopkGate|TopKGate", re.IGNORECASE)
-_ROUTER_NAMES = {"router", "gate", "shared_expert_gate", "gating", "wg"}
+# Classes and names that transformers' models give to what picks experts; `gate_proj` and the like are not among them.
+_ROUTER_CLASS = re.compile(r"Router|TopKGating", re.IGNORECASE)
+_ROUTER_NAME = re.compile(r"(.*_)?router(_.*)?|gate|shared_expert_gate|wg")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -134,7 +135,7 @@ def new_heads(model: PreTrainedModel) -> list[str]:
 def is_router(modules: dict[str, nn.Module], name: str) -> bool:
     """Whether the module decides which experts see a token, by its class, its parents' or its name."""
     parts = name.split(".")
-    if parts[-1] in _ROUTER_NAMES:
+    if _ROUTER_NAME.fullmatch(parts[-1]):
         return True
     return any(_ROUTER_CLASS.search(type(modules[".".join(parts[:i])]).__name__) for i in range(1, len(parts) + 1))
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GraniteMoeConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, Qwen2MoeConfig
 
 from litft.errors import UserError
 from litft.tuners import LoRA
@@ -66,9 +66,10 @@ def test_d6_a_linear_router_is_never_adapted() -> None:
 
 
 def test_d6_a_router_is_known_by_its_class_too() -> None:
-    config = GraniteMoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_local_experts=4,
-        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2,
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=1, max_seq_len=32, vocab_size=64, pad_token_id=0,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        ffn_config={"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4},
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     routers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "router" in n]
