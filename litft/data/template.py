@@ -63,6 +63,15 @@ class Encoded:
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(slots=True, frozen=True)
+class _Learned:
+    """What an encoder knows of a template; `marked`: it says itself, with {% generation %}, what the model produces."""
+
+    form: Form
+    scaffold: Scaffold
+    marked: bool
+
+
 class ChatEncoder:
     """Turns conversations into tokens and the mask of the trained ones. Picklable.
 
@@ -92,7 +101,7 @@ class ChatEncoder:
         self.train_on = train_on
         self.allow_special_tokens = allow_special_tokens
         self._tokens = ChatTokenizer(tokenizer)
-        self._learned: dict[bool, tuple[Form, Scaffold]] = {}
+        self._learned: dict[bool, _Learned] = {}
 
     def __call__(self, conversation: Conversation) -> Encoded:
         """Encode a training row.
@@ -132,7 +141,7 @@ class ChatEncoder:
         Raises:
             UserError: no mask can be established with this template.
         """
-        return self._learn(None)[1]
+        return self._learn(None).scaffold
 
     @property
     def stop_ids(self) -> set[int]:
@@ -173,7 +182,7 @@ class ChatEncoder:
     def _encode_chat(self, conversation: Conversation) -> Encoded:
         messages, tools = conversation.messages, conversation.tools
         wanted = self._wanted(conversation)
-        scaffold = self._learn(tools)[1]
+        scaffold = self._learn(tools).scaffold
         if len(messages) > 10 * _MANY:
             self._check_time(messages, tools)
         text = self._render(messages, tools)
@@ -194,7 +203,7 @@ class ChatEncoder:
         else:
             kept = [answer for answer in answers if wanted[answer.message]]
             spans = [(answer.begin, answer.end) for answer in kept]
-            if self._marks_answers(tools):
+            if self._learn(tools).marked:
                 spans = masks.within(kept, self._native_spans(messages, tools))
             trained = masks.covered(offsets, spans)
         if not any(trained):
@@ -218,7 +227,8 @@ class ChatEncoder:
                     "only assistant messages can be trained, or every token with data.train_on: all",
                 )
             wanted.append((answer and (self.train_on == "assistant" or i == last)) if flag is None else flag)
-            if wanted[-1] and not any(message.get(k) for k in ("content", "reasoning_content", "tool_calls")):
+            said = (message.get("content") or "") + (message.get("reasoning_content") or "")
+            if wanted[-1] and not said.strip() and not message.get("tool_calls"):
                 raise MaskError(f"assistant message {i + 1} is empty", "remove it, or give it train: false")
         return wanted
 
@@ -231,24 +241,19 @@ class ChatEncoder:
         """Where nothing is a control token, because somebody else than the template wrote it."""
         if self.allow_special_tokens:
             return []
-        if self._spells_special(messages):
-            marks = {(i, kind) for _, i, kind in layout.marks}
-            for i, message in enumerate(messages):
-                if not {(i, "c"), (i, "d")} <= marks and self._spells_special([message]):
-                    raise MaskError(
-                        f"message {i + 1} spells a special token, and the chat template rewrites its text",
-                        "remove the token's text, or use data.allow_special_tokens: true",
-                    )
+        marks = {(i, kind) for _, i, kind in layout.marks}
+        for i, message in enumerate(messages):
+            if ((i, "c") not in marks or (i, "d") not in marks) and self._spells_special([message]):
+                raise MaskError(
+                    f"message {i + 1} spells a special token, and the chat template rewrites its text",
+                    "remove the token's text, or use data.allow_special_tokens: true",
+                )
         return layout.texts(messages)
-
-    def _marks_answers(self, tools: list | None) -> bool:
-        """Whether the template says itself, with {% generation %}, what the model produces."""
-        return bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
 
     def _native_spans(self, messages: Sequence[Message], tools: list | None) -> list[Span]:
         """The character ranges that the template puts between {% generation %} and {% endgeneration %}."""
         encoding: Any = self.tokenizer.apply_chat_template(
-            self._learn(tools)[0](messages),
+            self._learn(tools).form(messages),
             tools=tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -257,8 +262,8 @@ class ChatEncoder:
         marked = zip(encoding["assistant_masks"], encoding["offset_mapping"], strict=True)
         return [tuple(offsets) for inside, offsets in marked if inside]
 
-    def _learn(self, tools: list | None) -> tuple[Form, Scaffold]:
-        """Form and scaffold of the template; tokenizers may have another template for conversations with tools."""
+    def _learn(self, tools: list | None) -> _Learned:
+        """What there is to know of the template; tokenizers may have another template for conversations with tools."""
         if not self.tokenizer.chat_template:
             raise MaskError("the tokenizer has no chat template", _WAYS_OUT)
         own = isinstance(self.tokenizer.chat_template, dict) and bool(tools)
@@ -269,16 +274,17 @@ class ChatEncoder:
 
             form = find_form(render)
             learned = learn(functools.partial(render, form=form), self._tokens.special_tokens)
-            self._learned[own] = (form, learned)
+            marked = bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
+            self._learned[own] = _Learned(form, learned, marked)
         return self._learned[own]
 
     def _render(self, messages: Sequence[Message], tools: list | None, *, prompt: bool = False) -> str:
-        return self._apply(messages, tools, prompt=prompt, form=self._learn(tools)[0])
+        return self._apply(messages, tools, prompt=prompt, form=self._learn(tools).form)
 
     def _check_time(self, messages: Sequence[Message], tools: list | None) -> None:
         """Refuse a very long conversation where the template's time grows with the square of its length."""
         count, before = len(messages), 0.0
-        if count > 200 * _MANY and self._marks_answers(tools):  # transformers joins the text anew at every mark
+        if count > 200 * _MANY and self._learn(tools).marked:  # transformers joins the text anew at every mark
             raise MaskError(
                 f"{count} messages are too many for a chat template with {{% generation %}}", "split the row"
             )

@@ -38,7 +38,7 @@ def stretches(encoded: Encoded) -> list[str]:
 
 def in_form(encode: ChatEncoder, conversation: Conversation) -> list[dict]:
     """The messages as the template takes them: the oracle must be asked in the same form."""
-    return encode._learn(conversation.tools)[0](conversation.messages)
+    return encode._learn(conversation.tools).form(conversation.messages)
 
 
 def test_every_stock_template_has_expectations() -> None:

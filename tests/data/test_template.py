@@ -264,7 +264,7 @@ def test_b10_arguments_as_mapping_or_json_string(name: str, form: str) -> None:
     text = trained(encode(row))
     assert '{"city": "Paris"}' in text and "\\" not in text
     assert encode(other).ids == encode(row).ids
-    assert encode._learn(None)[0].json_arguments is (form == "string")
+    assert encode._learn(None).form.json_arguments is (form == "string")
 
 
 def test_b10_a_template_that_prints_arguments_gets_json() -> None:
@@ -499,9 +499,10 @@ def test_train_on_and_train_flags() -> None:
 
 
 def test_empty_answers_are_refused_unless_untrained() -> None:
-    row = chat(user("Hi?"), assistant(""), user("More?"), assistant("Two."))
-    with pytest.raises(DataError, match="assistant message 2 is empty"):
-        encoder(CHATML)(row)
+    for nothing in ("", " \n"):
+        row = chat(user("Hi?"), assistant(nothing), user("More?"), assistant("Two."))
+        with pytest.raises(DataError, match="assistant message 2 is empty"):
+            encoder(CHATML)(row)
     row.train[1] = False
     assert trained(encoder(CHATML)(row)) == "Two.<|im_end|>"
 
