@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litft.cli.parsing import Parser, add_trust, choose, positive, progress, say, truth, waiting
+from litft.cli.parsing import Parser, add_trust, choose, counted, positive, progress, say, truth, waiting
 from litft.errors import DataError, UserError
 from litft.models.alias import DEFAULT_MODEL
 
@@ -276,7 +276,7 @@ def _stats_lines(found: dict[str, Any]) -> list[str]:
     table = [
         f"{name:<12}" + "".join(f"{value:>8,.0f}" for value in found[name].values()) for name in ("length", "trained")
     ]
-    longer = f"{found['longer']:,} rows longer than {found['max_length']:,} tokens would be dropped"
+    longer = f"{counted(found['longer'], 'row')} longer than {found['max_length']:,} tokens would be dropped"
     return [
         f"rows        {found['rows']:,} ({forms}), {found['bad']:,} bad",
         f"tokens      {found['tokens']:,}, of which {found['trained_tokens']:,} trained ({share:.1%})",
@@ -289,12 +289,14 @@ def _stats_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:
-    """A bar for each range of lengths; the ranges are equally wide, and no narrower than a token."""
+    """A bar for each range of lengths: equally wide ones, but that the last takes all of the longest hundredth."""
     import numpy as np
 
-    low, high = int(lengths.min()), int(lengths.max()) + 1
-    width = max(1, -(-(high - low) // BINS))
-    edges = np.arange(low, high + width, width)
+    low, most, high = int(lengths.min()), int(np.percentile(lengths, 99)) + 1, int(lengths.max()) + 1
+    width = max(1, -(-(most - low) // (BINS - 1)))
+    edges = np.arange(low, most + width, width)
+    if edges[-1] < high:
+        edges = np.append(edges, high)
     counts = np.histogram(lengths, edges)[0]
     digits = len(f"{edges[-1]:,}")
     lines = ["", "tokens in a row"]
@@ -354,6 +356,7 @@ def _encoder(args: argparse.Namespace, sources: list[str]) -> tuple[ChatEncoder,
         trust = args.trust_remote_code
         model = resolve(args.model, revision=args.model_revision, weights=False, trust_remote_code=trust)
         tokenizer = load_tokenizer(model, trust_remote_code=trust)
+        tokenizer.model_max_length = sys.maxsize  # what is too long is counted here, not warned of
     if args.chat_template or not only_text:  # plain text needs no template
         find_template(tokenizer, args.chat_template, add_tokens=args.add_tokens)
         if args.add_tokens:
@@ -388,4 +391,4 @@ def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Encoded]:
 
 def _print_notes(notes: Counter[str]) -> None:
     for note, count in notes.most_common():
-        print(f"note: {note} ({count} row{'s' * (count != 1)})", file=sys.stderr)
+        print(f"note: {note} ({counted(count, 'row')})", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from litft.cli.parsing import Parser, add_trust, positive, progress, waiting
+from litft.cli.parsing import Parser, add_trust, counted, positive, progress, waiting
 from litft.errors import UserError
 
 MODEL = "a run, an adapter or a model: a folder or a hub id"
@@ -115,6 +115,6 @@ def _answer_file(args: argparse.Namespace) -> int:
             progress=count,
             **decoding(args),
         )
-    left = f", {skipped} bad rows left out" if skipped else ""
-    print(f"{done} answers in {args.out}{left}", file=sys.stderr)
+    left = f", {counted(skipped, 'bad row')} left out" if skipped else ""
+    print(f"{counted(done, 'answer')} in {args.out}{left}", file=sys.stderr)
     return 0

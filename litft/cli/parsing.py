@@ -155,6 +155,11 @@ def progress(what: str, total: int | None, unit: str, *, wait: float = PATIENCE_
         yield advance
 
 
+def counted(count: int, what: str) -> str:
+    """So many of something: one row, but 2,000 rows."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def say(text: str) -> None:
     """Print a line on stdout, past a progress line on the same screen."""
     if not sys.stdout.isatty():

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from tiny import IM_END, chat_rows, save_tiny, tiny_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from litft.cli import parsing
 from litft.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -74,6 +76,7 @@ ALL = [
 def test_help_of_every_verb_is_quick_because_nothing_heavy_is_imported() -> None:
     script = f"""
 import io, sys, contextlib
+from litft.cli import parsing
 from litft.cli.main import main
 for words in {ALL}:
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -127,6 +130,22 @@ def test_a_wrong_command_line_is_refused_with_the_mend(litft: Run, words: list[s
     assert (code, out) == (2, "")
     assert said in err
     assert err.startswith("error: ") and err.count("\n") <= 5
+
+
+def test_who_waits_is_told_what_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parsing, "PATIENCE_S", 0.1)
+    with parsing.waiting("loading quickly"):
+        pass
+    with parsing.waiting("loading for long"):
+        time.sleep(0.4)
+    with parsing.progress("counting quickly", 2, "rows") as advance:
+        advance(2)
+    with parsing.progress("counting for long", None, "rows", wait=0.1) as advance:
+        time.sleep(0.2)
+        advance(1, 4)
+    out, err = capsys.readouterr()
+    assert out == "" and "quickly" not in err
+    assert err.startswith("loading for long ...\n") and "counting for long:" in err and "1/4" in err
 
 
 # ---- data check
@@ -289,7 +308,7 @@ def test_show_marks_the_trained_text_to_the_character(litft: Run, tmp_path: Path
     plain = litft("data", "show", file, "--model", tiny_llama)[1]
     assert re.findall(r"\[\[(.*?)\]\]", plain, re.S) == [f"{text}<|im_end|>" for text in answers]
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    text = tokenizer.apply_chat_template(messages, tokenize=False).replace("\x1b", "\\x1b")
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False)).replace("\x1b", "\\x1b")
     assert plain.partition("\n")[2].strip() == mark(text, answers).strip()
     colored = litft("data", "show", file, "--model", tiny_llama, "--color")[1]
     assert re.findall("\x1b\\[32m(.*?)\x1b\\[0m", colored) == ["née 🌞 und", "zwei<|im_end|>", "  blanks  <|im_end|>"]
@@ -314,7 +333,7 @@ def test_show_takes_the_options_that_decide_ids_and_mask(litft: Run, tmp_path: P
         return json.loads(out)
 
     def trained(row: dict[str, Any]) -> str:
-        return tokenizer.decode([t for t, flag in zip(row["tokens"], row["trained"], strict=True) if flag])
+        return str(tokenizer.decode([t for t, flag in zip(row["tokens"], row["trained"], strict=True) if flag]))
 
     literal, special = show(), show("--data.allow_special_tokens", "true")
     assert special["tokens"] == template_ids(tokenizer, messages)
@@ -386,6 +405,16 @@ def test_stats_are_those_of_the_rendered_rows(litft: Run, rows_file: Path, tiny_
     assert sum(int(count) for *_, count in bars) == 25 and 1 < len(bars) <= 12
 
 
+def test_stats_show_an_outlier_without_flattening_the_rest(litft: Run, tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [{"text": "a" * (10 + i % 30)} for i in range(300)] + [{"text": "wind river " * 3000}]
+    file = write_jsonl(tmp_path / "texts.jsonl", rows)
+    code, out, err = litft("data", "stats", file, "--model", tiny_llama)
+    assert (code, err) == (0, "")  # no warning of the tokenizer's
+    counts = [int(count) for count in re.findall(r"^ *[\d,]+ - +[\d,]+ #* +(\d+)$", out, re.M)]
+    assert sum(counts) == 301 and counts[-1] == 1 and sum(count > 10 for count in counts) > 5
+    assert "1 row longer than 512 tokens would be dropped" in out
+
+
 def test_stats_take_the_limit_of_the_model_where_nobody_names_one(
     litft: Run, rows_file: Path, tiny_llama: Path
 ) -> None:
@@ -410,7 +439,7 @@ def answer_of(model: Path, messages: list[dict[str, Any]], tokens: int) -> str:
     """What transformers answers by itself, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = torch.tensor([template_ids(tokenizer, messages, add_generation_prompt=True)])
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     out = network.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).lstrip("\n").rstrip()
 
@@ -459,7 +488,7 @@ def test_generate_refuses_or_leaves_out_a_bad_row(litft: Run, tmp_path: Path, ti
     code, _, err = litft(*command)
     assert code == 2 and f"{file}:2: " in err and not out.exists()
     code, _, err = litft(*command, "--bad_rows", "skip")
-    assert code == 0 and err.endswith(f"1 answers in {out}, 1 bad rows left out\n")
+    assert code == 0 and err.endswith(f"1 answer in {out}, 1 bad row left out\n")
     assert len(out.read_text().splitlines()) == 1
 
 
