@@ -22,10 +22,13 @@ def check_texts(layout: Layout, messages: Sequence[Message], tools: list | None,
                 f"the chat template does not render tool_calls (message {i + 1})",
                 "use a template that does, or write the calls into the content",
             )
-        if (message.get("content") or "").strip() and not (marks[i, "c"] or marks[i, "d"]):
+        # An answer may lose its beginning: reasoning inside the content is cut off or moved.
+        needed = ["d"] if role == "assistant" else ["c", "d"]
+        if (message.get("content") or "").strip() and not all(marks[i, kind] for kind in needed):
+            whole = "all of " if marks[i, "c"] or marks[i, "d"] else ""
             beside = " beside its tool_calls" if calls else ""
             raise MaskError(
-                f"the chat template does not render the content of message {i + 1} ({role}){beside}",
+                f"the chat template does not render {whole}the content of message {i + 1} ({role}){beside}",
                 "use a template that does, or remove the message's content",
             )
         for call in calls or ():

@@ -342,7 +342,8 @@ def find_template(
         UserError: there is no template, no such file, or the tokenizer lacks tokens of the template.
     """
     if chat_template == "chatml":
-        tokenizer.chat_template = CHATML
+        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # as the model was pretrained
+        tokenizer.chat_template = "{{ bos_token }}" * begins + CHATML
     elif chat_template is not None:
         file = Path(chat_template)
         if not file.is_file():

@@ -194,6 +194,20 @@ def test_b8_a_token_over_the_boundary_belongs_to_the_answer() -> None:
     assert tok.decode(encoded.ids[: encoded.trained.index(True)]) == "Q: how much A:"
 
 
+def test_b5_chatml_begins_as_the_model_was_pretrained() -> None:
+    from tokenizers import processors
+
+    tok = copy.deepcopy(tokenizer())
+    find_template(tok, "chatml")
+    assert tok.bos_token_id not in ChatEncoder(tok)(TWO).ids
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", tok.bos_token_id)]
+    )
+    find_template(tok, "chatml")
+    ids = ChatEncoder(tok)(TWO).ids
+    assert ids[0] == tok.bos_token_id and ids.count(tok.bos_token_id) == 1
+
+
 SENTINELS = ("fn_sentinel", "key_sentinel", "value_sentinel", "result_sentinel", "schema_sentinel")
 
 
@@ -461,6 +475,11 @@ OTHERS = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | list | join(' ') }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         "rewrites the text",
+    ),
+    "the first sentence only": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('?')[0] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "does not render all of the content of message 1 (user)",
     ),
     "last question repeated": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
