@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from litft.engine.signals import Signals, Stopped
@@ -61,21 +61,21 @@ class Checkpoints(Checkpoint):
 
     # ---- when
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Find the folder."""
         if self.folder is None:
             self.folder = Path(trainer.default_root_dir) / "checkpoints"
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Note the optimizers' settings as this command has them; a checkpoint is about to bring its own."""
         self._groups = [[_settings(group) for group in o.param_groups] for o in trainer.optimizers]
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the signals back from Trainer."""
         if self.signals:
             self.signals.install()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """From here on there is something to lose: signals wait for the end of a step."""
         self._saved_at = time.monotonic()
         if self._random_state is not None:
@@ -87,7 +87,7 @@ class Checkpoints(Checkpoint):
             self.signals.install()
             self.signals.deferred = True
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Between two steps: the place where states are restored, saved, and signals obeyed."""
         step = trainer.global_step
         if self._random_state is not None:
@@ -104,14 +104,12 @@ class Checkpoints(Checkpoint):
         if stop:
             self._stop(stop, step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the last step, ask for the validation that Trainer would leave out in mid-epoch."""
         if trainer.global_step >= pl_module.total_steps:
             trainer.should_stop = True
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Remember the best."""
         losses = getattr(pl_module, "val_losses", None)
         if trainer.sanity_checking or not losses or not np.isfinite(losses["val_loss"]):
@@ -120,7 +118,7 @@ class Checkpoints(Checkpoint):
             self.best = losses["val_loss"], trainer.global_step
             self._improved = True
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the last step."""
         if trainer.global_step > self._saved_step:
             self.save(trainer)
@@ -129,7 +127,7 @@ class Checkpoints(Checkpoint):
         if stop := self._agreed_signal(trainer):
             self._stop(stop, trainer.global_step)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Nothing more to wait for."""
         if self.signals:
             self.signals.deferred = False
@@ -170,7 +168,7 @@ class Checkpoints(Checkpoint):
             self._prune()
         trainer.strategy.barrier("checkpoint")
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the random state of every rank, and put the loops' counters between two steps of the plan."""
         own = _random_state()
         states: list[Any] = [own]
@@ -185,7 +183,7 @@ class Checkpoints(Checkpoint):
         }
         _between_steps(checkpoint["loops"]["fit_loop"], step, *data.plan.locate(step))
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the random states for the first step; refuse other data and another optimizer."""
         saved = checkpoint.get("litft")
         if saved is None:
@@ -210,7 +208,7 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
-        self.best = tuple(state_dict["best"]) if state_dict["best"] else None  # type: ignore[assignment]
+        self.best = tuple(state_dict["best"]) if state_dict["best"] else None
 
     def best_file(self) -> Path | None:
         """The checkpoint of the lowest validation loss, where it is there."""

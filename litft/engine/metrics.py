@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -57,19 +57,19 @@ class StepMetrics(Callback):
         self._tokens = self._trained = 0
         self._counted_from = 0.0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Fix the interval."""
         if self.every is None:
             total = getattr(pl_module, "total_steps", None) or trainer.datamodule.total_steps  # type: ignore[attr-defined]
             self.every = min(50, max(1, total // LOGGED_ROWS))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks."""
         self._end = self._counted_from = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The losses before training, as the record of step 0."""
         whole = trainer.num_sanity_val_steps == float("inf")  # fewer batches than all are no loss worth keeping
         if whole and (losses := getattr(pl_module, "val_losses", None)):
@@ -77,15 +77,13 @@ class StepMetrics(Callback):
             self.record = {"step": 0, "epoch": 0.0, **losses}
             self._send(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Time the wait for data."""
         self._send(trainer)
         self._start = time.perf_counter()
         self._data_s = self._start - self._end
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count, and make the record where one is due."""
         step = trainer.global_step
         self._tokens += batch["tokens"]
@@ -118,7 +116,7 @@ class StepMetrics(Callback):
         self._judge(trainer, pl_module)
         pl_module.log("loss", loss, prog_bar=True, logger=False)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Put the losses into the step's record; the time validation took isn't training's."""
         if trainer.sanity_checking:
             return
@@ -133,12 +131,12 @@ class StepMetrics(Callback):
         self._counted_from += now - self._end
         self._end = now
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Send the last record."""
         self._send(trainer)
         self._judge(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Send what is there."""
         self._send(trainer)
 
@@ -154,7 +152,7 @@ class StepMetrics(Callback):
 
     def _lr(self, trainer: Trainer) -> float:
         """The learning rate that the step just done was made with: the schedule has moved on already."""
-        schedule = trainer.lr_scheduler_configs[0].scheduler
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
         return schedule.base_lrs[0] * schedule.factor(schedule.last_epoch - 1)
 
     def _send(self, trainer: Trainer) -> None:
@@ -169,7 +167,7 @@ class StepMetrics(Callback):
         self._bad = bad.long() if self._bad is None else self._bad + bad
         self._rows = [*self._rows, (step, bad, rows)][-64:]
 
-    def _judge(self, trainer: Trainer, module: LightningModule) -> None:
+    def _judge(self, trainer: Trainer, module: Any) -> None:
         if self._bad is None:
             return
         before, self.bad_steps = self.bad_steps, int(self._bad)

@@ -158,6 +158,7 @@ def keep_config(folder: Path, config: str, step: int) -> None:
 def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str, resumed: Any) -> RunFile | None:
     if not trainer.is_global_zero:
         return None
+    folder.mkdir(parents=True, exist_ok=True)
     keep_config(folder, config, step_of(resumed) if resumed else 0)
     facts = {
         "plan": planned,
@@ -203,8 +204,8 @@ def report(outcome: Outcome) -> str:
         share = f" ({(after - before) / before:+.1%})" if before else ""
         label = "held-out loss" if name == "val_loss" else f"held-out loss, {name.removeprefix('val_loss/')}"
         lines.append(f"{label}: {change}{after:.4f} after{share}")
-    for question, before, after in outcome.answers:
-        lines += ["", f"> {_short(question)}", f"  before: {_short(before)}", f"  after:  {_short(after)}"]
+    for question, then, now in outcome.answers:
+        lines += ["", f"> {_short(question)}", f"  before: {_short(then)}", f"  after:  {_short(now)}"]
     final = outcome.folder / "final"
     lines += [
         "",
