@@ -347,7 +347,9 @@ def _add_encoding(parser: argparse.ArgumentParser, model: str | None) -> None:
 
 def _encoder(args: argparse.Namespace, sources: list[str]) -> tuple[ChatEncoder, ModelSource]:
     """The encoder that these flags ask for, and the model that it writes for."""
-    only_text = all(map(_is_text, sources))  # before anything is loaded: a source may not be there
+    only_text = all(
+        _is_text(source, args.revision) for source in sources
+    )  # before anything is loaded: a source may not be there
     with waiting(f"loading the tokenizer of {args.model}"):
         from litft.data.template import ChatEncoder, find_template, missing_tokens
         from litft.models.load import add_to_tokenizer, load_tokenizer
@@ -365,13 +367,13 @@ def _encoder(args: argparse.Namespace, sources: list[str]) -> tuple[ChatEncoder,
     return encoder, model
 
 
-def _is_text(source: str) -> bool:
+def _is_text(source: str, revision: str | None) -> bool:
     """Whether the rows are plain text, by the first of them."""
     from litft.data.files import read_rows
     from litft.data.schemas import schema_of
 
     with contextlib.suppress(DataError):  # of a file that breaks off at once; whoever reads on will meet it
-        first = next(read_rows(source))
+        first = next(read_rows(source, revision=revision))
         return first.error is None and schema_of(first.value) == "text"
     return False
 
