@@ -65,7 +65,12 @@ class ChatTokenizer:
     @staticmethod
     def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> tuple[list[int], list[Span]]:
         encoding = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, **options
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,  # length is judged elsewhere
+            **options,
         )
         return encoding["input_ids"], encoding["offset_mapping"]
 

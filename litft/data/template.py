@@ -171,7 +171,7 @@ class ChatEncoder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _encode_text(self, text: str) -> Encoded:
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         if not ids:
             raise MaskError("the text is empty")
         eos = self.tokenizer.eos_token_id
