@@ -11,9 +11,13 @@ import pytest
 import torch
 from adapters import EXPERTS, ids, logits, perturb, trained
 from tiny import tiny_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from litft.errors import UserError
 from litft.tuners import Full, LoRA, QLoRA, Tuner
+from litft.tuners.layers import LoRALinear
+from litft.tuners.quant import quantise
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,6 +57,19 @@ def test_d3_fp32_everywhere_without_autocast_and_bf16_products_with_it() -> None
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), want, atol=0.3, rtol=0.05)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("quant", [None, "nf4", "int8"])
+def test_bias_is_added_once_and_not_scaled(quant: Any, dora: bool) -> None:
+    torch.manual_seed(0)
+    for base in (nn.Linear(64, 48), Conv1D(48, 64)):
+        base.requires_grad_(False).bias.normal_()
+        bias, x = base.bias.clone(), torch.randn(3, 64)
+        layer = LoRALinear(base if quant is None else quantise(base, quant), 4, 2.0, dora=dora)
+        perturb(layer)
+        want = nn.functional.linear(x, layer.full_weight(), bias)
+        torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
 
 
 def test_d3_small_updates_are_not_lost() -> None:
