@@ -154,7 +154,7 @@ class Checkpoints(Checkpoint):
         beside = self.folder / f".{place.name}.partial"
         if trainer.is_global_zero:
             beside.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(beside / FILE)
+        trainer.save_checkpoint(beside / FILE, weights_only=False)  # the optimizer too
         self._improved = False
         self._saved_at, self._saved_step = time.monotonic(), step
         if trainer.is_global_zero:
