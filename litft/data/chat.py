@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from datetime import date
@@ -29,6 +30,7 @@ from litft.models.load import add_to_tokenizer, tokenizer_fingerprint
 
 DEFAULT_MAX_LENGTH = 4096
 DEFAULT_TOKENS_PER_BATCH = 4096
+TRAINERS_OWN_EPOCHS = 1000  # what Trainer takes where nothing is said
 
 
 class ChatData(LightningDataModule):
@@ -89,6 +91,8 @@ class ChatData(LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise UserError(f"--data.val_fraction {val_fraction}: must be at least 0 and below 1")
         self.plan: Plan | None = None
+        self._prepared_for: tuple[Any, ...] | None = None
+        self._encoded_for: Any = None
 
     # ---- preparing: under Trainer by its hooks, under Fabric by one call
 
@@ -98,9 +102,14 @@ class ChatData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Plan the run from the Trainer's limits and the model's needs."""
-        trainer, module = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
+        trainer: Any = self.trainer
+        if trainer.max_epochs == TRAINERS_OWN_EPOCHS and trainer.max_steps == -1:
+            raise UserError(
+                f"neither max_epochs nor max_steps is set, and Trainer would make {TRAINERS_OWN_EPOCHS} epochs of it\n"
+                "mend: Trainer(max_epochs=1), or as many as you mean"
+            )
         self.prepare(
-            module,
+            trainer.lightning_module,
             max_epochs=trainer.max_epochs,
             max_steps=trainer.max_steps,
             ranks=trainer.world_size,
@@ -132,8 +141,10 @@ class ChatData(LightningDataModule):
         Returns:
             Itself.
         """
-        if self.plan is not None and (self.plan.ranks, self._rank) == (ranks, rank):
+        wanted = (method, self.run_seed, max_epochs, max_steps, ranks, rank, pin_memory)
+        if self.plan is not None and wanted == self._prepared_for:
             return self
+        self._prepared_for = wanted
         self._rank, self._pin = rank, pin_memory
         self._pad_id = method.tokenizer.pad_token_id or 0
         self.cannot_pack: str | None = method.cannot_pack if self.packing else None
@@ -148,14 +159,13 @@ class ChatData(LightningDataModule):
             if len(held_out):
                 self.val_selections = {"val": held_out}
         chosen = self.selection
-        longest = int(chosen.lengths.max())
-        longest_val = max((int(s.lengths.max()) for s in self.val_selections.values() if len(s)), default=0)
+        longest = max(int(s.lengths.max()) for s in (chosen, *self.val_selections.values()))
         if self.tokens_per_batch is None:
-            self.tokens_per_batch = max(DEFAULT_TOKENS_PER_BATCH, longest, longest_val)
-        if max(longest, longest_val) > self.tokens_per_batch:
+            self.tokens_per_batch = max(DEFAULT_TOKENS_PER_BATCH, longest)
+        if longest > self.tokens_per_batch:
             raise UserError(
-                f"--data.tokens_per_batch {self.tokens_per_batch}: the longest row has {max(longest, longest_val)} tokens;\n"
-                f"raise it, or set --data.max_length {self.tokens_per_batch} (longer rows are then dropped)"
+                f"--data.tokens_per_batch {self.tokens_per_batch}: the longest row has {longest} tokens\n"
+                f"mend: raise it, or set --data.max_length {self.tokens_per_batch} (longer rows are then dropped)"
             )
         weights = self.weights or [1.0] * len(train)
         if self.tokens_per_step is None:
@@ -173,7 +183,6 @@ class ChatData(LightningDataModule):
             ranks,
             packing,
         )
-        self.epochs_with_data = max_epochs
         self.total_steps = self.plan.total_steps(max_epochs, max_steps)
         if not self.total_steps:
             raise UserError(
@@ -191,8 +200,8 @@ class ChatData(LightningDataModule):
         """Identifies the plan: the rows, their order and their grouping into steps; not how steps are cut."""
         plan = self._planned()
         rows = [plan.lengths.tolist(), plan.trained.tolist(), plan.file_of_row.tolist(), list(plan.weights)]
-        keys = [str(key) for store in self.selection.stores for key in store.prompts.tolist()]
-        return tokens.cache_key(rows, keys, plan.seed, plan.tokens_per_step)
+        content = [store.digest for store in self.selection.stores]
+        return tokens.cache_key(rows, content, plan.seed, plan.tokens_per_step)
 
     # ---- loaders
 
@@ -224,17 +233,22 @@ class ChatData(LightningDataModule):
         rows = next(iter(self.val_selections.values()), None)
         if not rows:
             return []
-        wanted = {rows.name(int(i)) for i in np.linspace(0, len(rows) - 1, min(count, len(rows)))}
-        found = []
-        for source in dict.fromkeys(store.file for store in rows.stores):
-            for row in read_rows(source, revision=self.revision):
-                if len(found) == len(wanted):
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
+        found: list[Conversation] = []
+        for index, store in enumerate(rows.stores):
+            wanted = set(rows.row_of_file[chosen[rows.file_of_row[chosen] == index]].tolist())
+            at = 0  # of the store, which lacks the bad rows
+            for row in read_rows(store.file, revision=self.revision) if wanted else ():
+                if at == len(store) or at > max(wanted):
                     break
-                if f"{source}:{row.line}" in wanted and row.error is None and schema_of(row.value) != "text":
+                if row.line != store.lines[at]:
+                    continue
+                if at in wanted and schema_of(row.value) != "text":
                     chat = to_conversation(row.value, row.file, row.line)
                     end = next(i for i, m in enumerate(chat.messages) if m["role"] == "assistant")
                     if end:
                         found.append(Conversation(chat.messages[:end], chat.train[:end], chat.tools))
+                at += 1
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -276,7 +290,8 @@ class ChatData(LightningDataModule):
     # ---- encoding
 
     def _stores(self, method: Any) -> tuple[list[TokenStore], dict[str, TokenStore]]:
-        if not hasattr(self, "_encoded"):
+        if self._encoded_for is not method:
+            self._encoded_for = method
             if self.chat_template or any(map(self._is_chat, [*self.train_files, *self.val_files.values()])):
                 self._give_template(method)
             tokenizer = method.tokenizer
@@ -328,10 +343,20 @@ class ChatData(LightningDataModule):
         return store
 
 
-def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Any]:
+def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Any, str]:
     if row.error is not None:
         raise row.error
-    return schema_of(row.value), encoder(to_conversation(row.value, row.file, row.line))
+    conversation = to_conversation(row.value, row.file, row.line)
+    return schema_of(row.value), encoder(conversation), _prompt(conversation)
+
+
+def _prompt(conversation: Conversation) -> str:
+    """What precedes the first answer, whatever is trained: rows that share it stay on one side of the split."""
+    if conversation.text is not None:
+        return conversation.text
+    messages = conversation.messages
+    end = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), 0)
+    return json.dumps([messages[:end] or messages, conversation.tools], sort_keys=True)
 
 
 def _make(read: Any, packing: bool, pad_id: int, rows: np.ndarray, denominator: float, spare: int) -> Batch:
@@ -354,7 +379,7 @@ def _named(val: str | list[str] | dict[str, str] | None) -> dict[str, str]:
 
 
 class _ValBatches(Dataset):
-    """A rank's micro-batches of a validation set, equally many on every rank; each row exactly once over all of them."""
+    """A rank's micro-batches of a validation set: equally many on every rank, each row on exactly one of them."""
 
     def __init__(self, rows: Selection, plan: Plan, rank: int, pad_id: int) -> None:
         self.rows, self.packing, self.pad_id = rows, plan.packing, pad_id

@@ -67,7 +67,8 @@ def step_rows(order: np.ndarray, lengths: np.ndarray, tokens_per_step: int) -> l
     steps: list[np.ndarray] = []
     first = 0
     while first < len(order):
-        rows, room = [], tokens_per_step
+        rows: list[int] = []
+        room = tokens_per_step
         position = first
         while position < len(order) and (used[position] or size[position] <= room or not rows):
             if not used[position]:
@@ -254,6 +255,8 @@ class Plan:
         steps = None if max_steps in (None, -1) else max_steps
         if epochs is None and steps is None:
             epochs = 1
+        if not self.steps(0):  # every epoch uses equally many rows, here none
+            return 0
         if epochs is None:
             return steps or 0
         if steps is None:

@@ -1,7 +1,8 @@
 """Token ids and masks of a data file, encoded once and kept on disk, memory-mapped.
 
 The cache is keyed by a content hash of everything that decides the ids: the bytes of the data, the tokenizer, its chat
-template, the mask policy and this package's own data code. Length limits are applied when rows are read, so they are not part of it.
+template, the mask policy and this package's own data code. Length limits are applied when rows are read, so they are
+not part of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from litft.errors import DataError
 
 LISTED = 1000  # skipped rows that are listed by name; all are counted
 CHUNK = 128  # rows handed to a worker process at a time
+ROWS_AT_ONCE = 4096  # whose masks are counted in one go: the whole file's would be 8 bytes a token
 PARALLEL_FROM = 4_000_000  # bytes of data from which worker processes earn their start-up
 
 
@@ -35,11 +37,12 @@ class TokenStore:
         trained: which of them are trained, bool [tokens]; never the first of a row.
         offsets: where each row begins and the last ends, int64 [rows + 1].
         lines: 1-based line or row number in the file, int64 [rows].
-        prompts: hash of what precedes the first trained token, uint64 [rows]; equal prompts have equal hashes.
+        prompts: hash of what precedes the first answer, uint64 [rows]; equal prompts have equal hashes.
         schemas: how many rows of each form were read.
         skipped: the messages of rows left out as bad, at most `LISTED`.
         bad: how many were left out.
         file: where the rows came from.
+        digest: hash of all ids and masks.
     """
 
     ids: np.ndarray
@@ -51,6 +54,7 @@ class TokenStore:
     schemas: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     bad: int = 0
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -68,24 +72,29 @@ class TokenStore:
 
     def trained_counts(self, max_length: int | None = None) -> np.ndarray:
         """Trained tokens of each row, of its first `max_length` tokens."""
-        total = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        ends = self.offsets[1:] if max_length is None else np.minimum(self.offsets[1:], self.offsets[:-1] + max_length)
-        return total[ends] - total[self.offsets[:-1]]
+        counts = np.empty(len(self), np.int64)
+        for first in range(0, len(self), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            starts, ends = self.offsets[:-1][some], self.offsets[1:][some]
+            total = np.concatenate([[0], np.cumsum(self.trained[starts[0] : ends[-1]], dtype=np.int64)])
+            cut = ends if max_length is None else np.minimum(ends, starts + max_length)
+            counts[some] = total[cut - starts[0]] - total[starts - starts[0]]
+        return counts
 
 
-def open_store(folder: Path) -> TokenStore:
-    """Map a store that `encode_file` has written."""
+def open_store(folder: Path, file: str) -> TokenStore:
+    """Map a store that `encode_file` has written; `file` is where the same rows lie now, under whatever name."""
     meta = json.loads((folder / "meta.json").read_text())
     names = ("ids", "trained", "offsets", "lines", "prompts")
     arrays = {
         name: np.load(folder / f"{name}.npy", mmap_mode="r" if name in ("ids", "trained") else None) for name in names
     }
-    return TokenStore(**arrays, **meta)
+    return TokenStore(**arrays, **meta, file=file)
 
 
 def encode_file(
     rows: Callable[[], Iterable[Any]],
-    encode: Callable[[Any], tuple[str, Any]],
+    encode: Callable[[Any], tuple[Any, ...]],
     folder: Path,
     *,
     file: str,
@@ -97,7 +106,8 @@ def encode_file(
 
     Args:
         rows: gives the rows afresh.
-        encode: a row to its schema name and `Encoded`; raises `DataError` for a bad row. Picklable.
+        encode: a row to its schema name, its `Encoded` and, where the rows may be split, what precedes the first answer
+            as text; raises `DataError` for a bad row. Picklable.
         folder: where the store lies or shall lie; complete or absent, two processes may write it at once.
         file: name of the data for messages.
         skip_bad: leave bad rows out, counted, instead of raising.
@@ -108,23 +118,24 @@ def encode_file(
         DataError: for the first bad row, unless `skip_bad`.
     """
     if (folder / "meta.json").exists():
-        return open_store(folder)
+        return open_store(folder, file)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(work, _results(rows(), encode, workers), file, skip_bad, progress)
+        _write(work, _results(rows(), encode, workers), skip_bad, progress)
         with contextlib.suppress(OSError):  # another process was first: its store is the same
             work.rename(folder)
-        return open_store(folder)
+        return open_store(folder, file)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(work: Path, results: Iterator[Any], file: str, skip_bad: bool, progress: Callable[[int], None]) -> None:
+def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callable[[int], None]) -> None:
     offsets, lines, prompts = [0], [], []
     schemas: Counter[str] = Counter()
     skipped: list[str] = []
     bad = 0
+    digest = hashlib.sha256()
     with _Growing(work / "ids.npy", np.int32) as ids_out, _Growing(work / "trained.npy", np.bool_) as trained_out:
         for done, result in enumerate(results, 1):
             progress(done)
@@ -135,19 +146,18 @@ def _write(work: Path, results: Iterator[Any], file: str, skip_bad: bool, progre
                 if len(skipped) < LISTED:
                     skipped.append(str(result).partition("\n")[0])
                 continue
-            schema, line, ids, trained = result
+            schema, line, ids, trained, prompt = result
             schemas[schema] += 1
             ids_out.append(ids)
             trained_out.append(trained)
             offsets.append(offsets[-1] + len(ids))
             lines.append(line)
-            first = int(trained.argmax()) if trained.any() else len(ids)
-            digest = hashlib.blake2b(ids[:first].tobytes() or ids.tobytes(), digest_size=8).digest()
-            prompts.append(int.from_bytes(digest, "little"))
+            prompts.append(prompt)
+            digest.update(ids.tobytes() + trained.tobytes())
     np.save(work / "offsets.npy", np.array(offsets, np.int64))
     np.save(work / "lines.npy", np.array(lines, np.int64))
     np.save(work / "prompts.npy", np.array(prompts, np.uint64))
-    meta = {"file": file, "schemas": dict(schemas), "skipped": skipped, "bad": bad}
+    meta = {"schemas": dict(schemas), "skipped": skipped, "bad": bad, "digest": digest.hexdigest()}
     (work / "meta.json").write_text(json.dumps(meta))
 
 
@@ -176,8 +186,8 @@ class _Growing:
         self.out.close()
 
 
-def _results(rows: Iterable[Any], encode: Callable[[Any], tuple[str, Any]], workers: int) -> Iterator[Any]:
-    """Each row's `(schema, line, ids, trained)` or its DataError, in order."""
+def _results(rows: Iterable[Any], encode: Callable[[Any], tuple[Any, ...]], workers: int) -> Iterator[Any]:
+    """Each row's `(schema, line, ids, trained, hash of the prompt)` or its DataError, in order."""
     if workers <= 1:
         for row in rows:
             yield _encode_one(encode, row)
@@ -196,10 +206,10 @@ def _results(rows: Iterable[Any], encode: Callable[[Any], tuple[str, Any]], work
             yield from pending.popleft().get()
 
 
-_ENCODE: Callable[[Any], tuple[str, Any]] | None = None
+_ENCODE: Callable[[Any], tuple[Any, ...]] | None = None
 
 
-def _remember(encode: Callable[[Any], tuple[str, Any]]) -> None:
+def _remember(encode: Callable[[Any], tuple[Any, ...]]) -> None:
     global _ENCODE
     _ENCODE = encode
 
@@ -209,14 +219,17 @@ def _encode_chunk(rows: list[Any]) -> list[Any]:
     return [_encode_one(_ENCODE, row) for row in rows]
 
 
-def _encode_one(encode: Callable[[Any], tuple[str, Any]], row: Any) -> Any:
+def _encode_one(encode: Callable[[Any], tuple[Any, ...]], row: Any) -> Any:
     try:
-        schema, encoded = encode(row)
+        schema, encoded, *prompt = encode(row)
     except DataError as error:
         return error
     trained = np.array(encoded.trained, np.bool_)
     trained[:1] = False  # nothing precedes a document's first token, so nothing predicts it
-    return schema, row.line, np.array(encoded.ids, np.int32), trained
+    ids = np.array(encoded.ids, np.int32)
+    content = prompt[0].encode("utf-8", "surrogatepass") if prompt else ids.tobytes()
+    key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return schema, row.line, ids, trained, key
 
 
 def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
@@ -231,12 +244,12 @@ def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def content_hash(source: str) -> str:
-    """Hash of a data file's bytes, or of every file of a folder with its name."""
+    """Hash of a data file's bytes and kind, or of every file of a folder with its name."""
     path = Path(source)
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
-        digest.update(file.name.encode())
+        digest.update((file.name if path.is_dir() else "".join(path.suffixes)).encode())
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -65,7 +66,7 @@ class StepSchedule(LRScheduler):
             group["initial_lr"] = group["lr"]
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at the present step."""
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 

@@ -19,6 +19,7 @@ from litft.engine.optimizers import build_optimizer
 from litft.engine.precision import check_precision
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
+from litft.errors import UserError
 from litft.models.alias import DEFAULT_MODEL
 from litft.tuners import LoRA, Tuner, merge_adapter
 
@@ -77,6 +78,11 @@ class Method(LightningModule):
         self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
         self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
+        for name, value in (("lr", self.lr), ("warmup", warmup), ("min_lr", min_lr), ("clip", clip)):
+            if not value >= 0:
+                raise UserError(f"--model.{name} {value}: must be at least 0")
+        if min_lr > self.lr:
+            raise UserError(f"--model.min_lr {min_lr}: is above --model.lr {self.lr}")
         self.new_tokens: list[str] = []
         self.total_steps: int | None = None
         self.grad_norm: Tensor | None = None
@@ -217,7 +223,8 @@ class Method(LightningModule):
         Returns:
             `loss`: this rank's share of the step's loss; the mean over the ranks is the step's.
         """
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
         losses = []
 
         def backward() -> None:
@@ -230,7 +237,7 @@ class Method(LightningModule):
                 losses.append(loss.detach())
 
         optimizer.step(closure=backward)
-        self.lr_schedulers().step()
+        scheduler.step()
         return {"loss": torch.stack(losses).sum()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -257,7 +264,8 @@ class Method(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` (over all sets), and `val_loss/NAME` where there are several."""
-        names = self.trainer.datamodule.val_names
+        trainer: Any = self.trainer
+        names = trainer.datamodule.val_names
         totals = {i: self.trainer.strategy.reduce(s, reduce_op="sum") for i, s in sorted(self._sums.items())}
         if not totals:
             return
