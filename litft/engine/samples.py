@@ -79,7 +79,7 @@ def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: in
     settings = generation_settings(model.generation_config, method.tokenizer, stops)
     bundle = ChatModel(model, method.tokenizer, settings, set(settings.eos_token_id or ()), encoder)
     device = next(model.parameters()).device
-    half = getattr(method, "half", None)
+    half = getattr(method, "compute_dtype", None)
     with _answering(model), torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
         return generate(bundle, questions, max_new_tokens=max_new_tokens, temperature=0)
 

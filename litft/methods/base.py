@@ -157,8 +157,8 @@ class Method(LightningModule):
         from litft.models.causal_lm import CausalLM
         from litft.models.load import add_rows, load_model
 
-        self.half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
-        dtype = torch.float32 if self.tuner.trains_base or self.half is None else self.half
+        self.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
+        dtype = torch.float32 if self.tuner.trains_base or self.compute_dtype is None else self.compute_dtype
         implementation = attention.register() if self.cannot_pack is None else None
         model = load_model(
             self.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=self.trust_remote_code
@@ -209,7 +209,7 @@ class Method(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over what the tuner trains, and its schedule over the run's exact number of steps."""
         groups = self.tuner.param_groups(self.net.model, self.lr, self.weight_decay)
-        fused = self.half != torch.float16
+        fused = self.compute_dtype != torch.float16
         optimizer = build_optimizer(self.optimizer_name, groups, self.lr, self.betas, self.weight_decay, fused)
         if self.total_steps is None:
             raise RuntimeError("set total_steps (data.total_steps) before configure_optimizers")
