@@ -59,4 +59,5 @@ class Signals:
             raise Stopped(number)
         if self.noted is None:
             self.noted = number
-            print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():  # a step may take a while, and a person is waiting
+                print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
