@@ -78,6 +78,8 @@ def jobs(tiny_llama: Path, moe: Path, rows: Path, uneven: Path, val: Path) -> di
             "tokens_per_step": STEP,
             "tokens_per_batch": 260,
             "tuner": ["LoRA", {"r": 4, "dropout": 0.0}],
+            "method": {"recompute": "full"},
+            "num_workers": 1,
         },
         "moe": {"model": str(moe), "rows": str(rows), "tokens_per_step": STEP, "tokens_per_batch": 260, "method": MOE},
         "uneven": {"model": str(tiny_llama), "rows": str(uneven), "tokens_per_step": 4096, "val": str(val)},
@@ -211,6 +213,25 @@ def test_a5_validation_is_the_sum_over_all_tokens(tiny_llama: Path, rows: Path, 
     assert len(trace.data.selection) == 5
     expected, _ = oracle(trace, tiny_llama, list(range(5)))
     assert seen == pytest.approx([expected] * len(seen), rel=1e-6)
+
+
+def test_a5_every_validation_set_has_a_loss_of_its_own(tiny_llama: Path, rows: Path, val: Path, uneven: Path) -> None:
+    trace = train(
+        tiny_llama,
+        rows,
+        val={"a": str(val), "b": str(uneven)},
+        method={"lr": 0.0},
+        tokens_per_batch=300,
+        trainer={"num_sanity_val_steps": -1, "max_steps": 1},
+    )
+    losses = trace.val_losses[0]
+    sums = []
+    for name in ("a", "b"):
+        selection = trace.data.selection = trace.data.val_selections[name]
+        expected, _ = oracle(trace, tiny_llama, list(range(len(selection))))
+        assert losses[f"val_loss/{name}"] == pytest.approx(expected, rel=1e-6)
+        sums.append((expected * selection.trained.sum(), selection.trained.sum()))
+    assert losses["val_loss"] == pytest.approx(sum(s for s, _ in sums) / sum(n for _, n in sums), rel=1e-6)
 
 
 def test_a7_expert_balance_has_the_same_denominator(moe: Path, rows: Path) -> None:

@@ -103,15 +103,14 @@ class ChatData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Plan the run from the Trainer's limits and the model's needs."""
         trainer: Any = self.trainer
-        if trainer.max_epochs == TRAINERS_OWN_EPOCHS and trainer.max_steps == -1:
-            raise UserError(
-                f"neither max_epochs nor max_steps is set, and Trainer would make {TRAINERS_OWN_EPOCHS} epochs of it\n"
-                "mend: Trainer(max_epochs=1), or as many as you mean"
-            )
+        if stage == "fit":
+            _check_limits(trainer)
+        elif self.plan is not None:  # validation after training: nothing is planned anew
+            return
         self.prepare(
             trainer.lightning_module,
-            max_epochs=trainer.max_epochs,
-            max_steps=trainer.max_steps,
+            max_epochs=trainer.max_epochs if stage == "fit" else 1,
+            max_steps=trainer.max_steps if stage == "fit" else None,
             ranks=trainer.world_size,
             rank=trainer.global_rank,
             pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -341,6 +340,19 @@ class ChatData(LightningDataModule):
         if not len(store):
             raise UserError(f"{source}: no usable row ({store.bad} bad); mend: litft data check {source}")
         return store
+
+
+def _check_limits(trainer: Any) -> None:
+    """Refuse limits that would cut the plan short, or that nobody set."""
+    if trainer.max_epochs == TRAINERS_OWN_EPOCHS and trainer.max_steps == -1:
+        raise UserError(
+            f"neither max_epochs nor max_steps is set, and Trainer would make {TRAINERS_OWN_EPOCHS} epochs of it\n"
+            "mend: Trainer(max_epochs=1), or as many as you mean"
+        )
+    if (trainer.limit_train_batches not in (1.0, None) and not trainer.fast_dev_run) or trainer.overfit_batches:
+        raise UserError(
+            "limit_train_batches and overfit_batches would cut the plan short\nmend: Trainer(max_steps=...)"
+        )
 
 
 def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Any, str]:

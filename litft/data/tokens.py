@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import signal
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from litft.errors import DataError
+from litft.errors import DataError, UserError
 
 LISTED = 1000  # skipped rows that are listed by name; all are counted
 CHUNK = 128  # rows handed to a worker process at a time
@@ -116,6 +117,7 @@ def encode_file(
 
     Raises:
         DataError: for the first bad row, unless `skip_bad`.
+        UserError: a worker process was killed.
     """
     if (folder / "meta.json").exists():
         return open_store(folder, file)
@@ -193,17 +195,24 @@ def _results(rows: Iterable[Any], encode: Callable[[Any], tuple[Any, ...]], work
             yield _encode_one(encode, row)
         return
     import multiprocessing
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     # fork, so that a user's script needs no `if __name__ == "__main__"`; the children only run the tokenizer
     context = multiprocessing.get_context("fork")
-    with context.Pool(workers, initializer=_remember, initargs=(encode,)) as pool:
-        pending: deque[Any] = deque()  # bounded, unlike imap's, so that a large file isn't held in memory
+    pool = ProcessPoolExecutor(workers, context, initializer=_remember, initargs=(encode,))
+    pending: deque[Future[list[Any]]] = deque()  # bounded, so that a large file isn't held in memory
+    try:
         for chunk in _chunks(rows):
-            pending.append(pool.apply_async(_encode_chunk, (chunk,)))
+            pending.append(pool.submit(_encode_chunk, chunk))
             if len(pending) >= 4 * workers:
-                yield from pending.popleft().get()
+                yield from pending.popleft().result()
         while pending:
-            yield from pending.popleft().get()
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("encoding: a worker process was killed, most often for want of memory") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _ENCODE: Callable[[Any], tuple[Any, ...]] | None = None
@@ -212,6 +221,7 @@ _ENCODE: Callable[[Any], tuple[Any, ...]] | None = None
 def _remember(encode: Callable[[Any], tuple[Any, ...]]) -> None:
     global _ENCODE
     _ENCODE = encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
 
 
 def _encode_chunk(rows: list[Any]) -> list[Any]:

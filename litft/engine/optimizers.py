@@ -67,4 +67,7 @@ def _by_path(path: str, groups: list[dict[str, Any]], options: dict[str, Any]) -
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise UserError(f"--model.optimizer {path}: not a torch.optim.Optimizer")
     taken = inspect.signature(cls).parameters
-    return cls(groups, **{key: value for key, value in options.items() if key in taken})
+    try:
+        return cls(groups, **{key: value for key, value in options.items() if key in taken})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model.optimizer {path}: doesn't take these parameter groups ({error})") from None

@@ -197,7 +197,9 @@ class Method(LightningModule):
         """Records of logged steps, where the Trainer wasn't given a callback that makes them."""
         from litft.engine.metrics import StepMetrics
 
-        return [] if any(isinstance(c, StepMetrics) for c in self.trainer.callbacks) else [StepMetrics()]
+        trainer: Any = self.trainer
+        given = any(isinstance(c, StepMetrics) for c in trainer.callbacks)
+        return [StepMetrics()] if trainer.state.fn == "fit" and not given else []
 
     def setup(self, stage: str) -> None:
         """Take the length of the run from the plan."""

@@ -161,6 +161,19 @@ def test_an_error_that_is_no_data_error_is_not_swallowed(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_a_killed_worker_is_an_error_not_a_hang(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", chat_rows(300))
+    with pytest.raises(UserError, match="worker process was killed"):
+        store_of(tmp_path / "store", file, 2, encode=die)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def die(row: Any) -> Any:
+    if row.line == 200:
+        os._exit(9)
+    return encode(row)
+
+
 def divide(row: Any) -> Any:
     return 1 / 0
 

@@ -101,6 +101,28 @@ def test_e5_a_script_without_limits_is_asked_for_one(tiny_llama: Path, rows: Pat
         train(tiny_llama, rows, trainer={"max_epochs": None})
 
 
+@pytest.mark.parametrize("limit", [{"limit_train_batches": 2}, {"limit_train_batches": 0.5}, {"overfit_batches": 1}])
+def test_e3_limits_that_cut_the_plan_are_refused(limit: dict[str, Any], tiny_llama: Path, rows: Path) -> None:
+    with pytest.raises(UserError, match="max_steps"):
+        train(tiny_llama, rows, trainer={**limit, "max_epochs": 1})
+
+
+def test_validation_by_itself_and_after_training(tiny_llama: Path, rows: Path) -> None:
+    from lightning import Trainer
+
+    from litft import SFT, ChatData, Full
+
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    alone = ChatData(str(rows), val_fraction=0.2)
+    (found,) = Trainer(**quiet).validate(SFT(str(tiny_llama), Full()), datamodule=alone, verbose=False)
+    options = {"val_fraction": 0.2, "trainer": {"max_epochs": 2, "num_sanity_val_steps": -1}, "method": {"lr": 0.0}}
+    trace = train(tiny_llama, rows, **options)
+    assert trace.val_losses[0]["val_loss"] == pytest.approx(found["val_loss"], rel=1e-6)
+    steps = trace.data.total_steps
+    (again,) = trace.trainer.validate(trace.method, datamodule=trace.data, verbose=False)
+    assert again["val_loss"] == pytest.approx(found["val_loss"], rel=1e-6) and trace.data.total_steps == steps
+
+
 def test_e5_more_steps_than_an_epoch(tiny_llama: Path, tmp_path: Path) -> None:
     four = write_jsonl(tmp_path / "four.jsonl", chat_rows(4))
     trace = train(tiny_llama, four, trainer={"max_steps": 10}, tokens_per_step=4096)
