@@ -277,7 +277,8 @@ class Method(LightningModule):
             values |= {f"val_loss/{names[i]}": total[0] / total[1] for i, total in totals.items()}
         self.val_losses = {name: float(value) for name, value in values.items()}
         if not self.trainer.sanity_checking:
-            self.log_dict({name: value.float() for name, value in values.items()}, logger=False)
+            alone = trainer.state.fn == "validate"  # then Trainer hands them back; a fit's records have them
+            self.log_dict({name: value.float() for name, value in values.items()}, logger=alone)
 
     # ---- the result
 
