@@ -261,7 +261,8 @@ class Method(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch to its set's sums."""
-        sums = self.validation_sums(batch).double()
+        sums = self.validation_sums(batch)
+        sums = sums if sums.device.type == "mps" else sums.double()  # Apple's GPUs have no float64
         self._sums[dataloader_idx] = self._sums.get(dataloader_idx, torch.zeros_like(sums)) + sums
 
     def on_validation_epoch_end(self) -> None:
