@@ -48,16 +48,33 @@ def expand(argv: list[str], command_tuner: str | None) -> list[str]:
     configs = [name for flag, values in flags if flag == "config" for name in values]
     said = [entry for name in _with_saved(configs, flags) for entry in _said_in(name)]
     said += [_said(key, values) for key, values in flags if key != "config"]
+    _refuse_twice([key for key, _ in flags if key != "config"])
     tuner = _tuner(said, command_tuner)
     said = [_plain(entry) for entry in said if entry.key not in ("model.tuner", "model.tuner.class_path")]
     keys.check([(entry.key, entry.where) for entry in said], tuner)
     words = [f"--model.tuner={TUNERS.get(tuner, tuner)}"] if tuner else []
-    for entry in said:
+    for entry in _last(said):
         if entry.key in BARE:
             words += [f"--{entry.key}"] * bool(entry.value)
         else:
             words.append(f"--{entry.key}={entry.value}")
     return words
+
+
+def _refuse_twice(flags: list[str]) -> None:
+    for index, key in enumerate(flags):
+        if key in flags[:index]:
+            more = f"; several values follow one flag: --{key} A B" if key in MANY else ""
+            raise UserError(f"--{key} is said twice{more}")
+
+
+def _last(said: list[Said]) -> list[Said]:
+    """What holds where a key is said more than once: the last, over all that an earlier one had below that key."""
+    kept: list[Said] = []
+    for entry in reversed(said):
+        if not any(entry.key == later.key or entry.key.startswith(f"{later.key}.") for later in kept):
+            kept.append(entry)
+    return kept[::-1]
 
 
 def _with_saved(configs: list[str], flags: list[tuple[str, list[str]]]) -> list[str]:

@@ -58,6 +58,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     from litft.engine.console import plan_lines
     from litft.engine.metrics import BadLoss
     from litft.engine.run import plan, report, run
+    from litft.engine.run_folder import discard
 
     config = cli.config
     folder = _folder(config, tuner) if config.out and not config.dry_run else None
@@ -91,9 +92,12 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
             config=_resolved(cli, trainer),
             signals=signals,
         )
-    except Stopped as stop:
-        if stop.folder is None and newest(folder / "checkpoints"):
-            raise Stopped(stop.number, stop.step, folder) from None
+    except (Stopped, UserError) as error:
+        kept = newest(folder / "checkpoints")
+        if not (kept or config.resume or _follows()):
+            discard(folder)
+        if kept and isinstance(error, Stopped):
+            raise Stopped(error.number, error.step, folder) from None
         raise
     except BadLoss as error:
         if trainer.is_global_zero:

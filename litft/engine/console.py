@@ -95,11 +95,16 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"       {plan['truncated']} rows cut at {plan['max_length']} tokens")
     for name, count in plan["val_rows"].items():
         lines.append(f"       {count} rows held out ({name})")
+    if not plan["val_rows"]:
+        lines.append(
+            "       no rows held out: no validation, and final/ holds the last step (--data.val FILE names some)"
+        )
     if plan.get("cannot_pack"):
         lines.append(f"       rows are padded, not packed: {plan['cannot_pack']}")
+    epochs = f"{plan['epochs']:g} epoch" + "s" * (plan["epochs"] != 1)
     lines.append(
-        f"plan   {plan['steps']} steps of up to {plan['tokens_per_step']:,} tokens, {plan['packs']:,} micro-batches of up to "
-        f"{plan['tokens_per_batch']:,}, {plan['epochs']:g} epochs"
+        f"plan   {plan['steps']} steps of up to {plan['tokens_per_step']:,} tokens, {epochs}; "
+        f"{plan['packs']:,} micro-batches of up to {plan['tokens_per_batch']:,}"
     )
     if "trainable" in plan:
         share = plan["trainable"] / max(plan["parameters"], 1)

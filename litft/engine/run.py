@@ -35,6 +35,7 @@ class Outcome:
         losses_after: those of the weights in `final/`.
         final_step: the optimizer step whose weights are in `final/`.
         why: that step in words.
+        stopped: why the run ended before its last step; empty where it didn't.
         answers: prompt, answer before and answer after.
     """
 
@@ -43,6 +44,7 @@ class Outcome:
     losses_after: dict[str, float] = field(default_factory=dict)
     final_step: int = 0
     why: str = ""
+    stopped: str = ""
     answers: list[tuple[str, str, str]] = field(default_factory=list)
 
 
@@ -127,6 +129,7 @@ def run(
             losses_after=outcome.losses_after,
             final_step=outcome.final_step,
             final=outcome.why,
+            stopped=outcome.stopped,
             bad_steps=metrics.bad_steps,
             answers=outcome.answers,
         )
@@ -182,6 +185,12 @@ def _finish(
         if best[1] != last:
             state = torch.load(best_file, map_location="cpu", weights_only=True)
             method.tuner.load_trainable_state(method.net.model, state["state_dict"])
+    if last < data.total_steps:
+        patience = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)  # type: ignore[attr-defined]
+        reason = (
+            "val_loss got no better (--patience)" if patience else "the Trainer was told to (--trainer.max_time, say)"
+        )
+        outcome.stopped = f"stopped early, after step {last} of {data.total_steps}: {reason}"
     if not trainer.is_global_zero:
         return outcome
     method.save(folder / "final")
@@ -197,7 +206,7 @@ def _one(trainer: Trainer, cls: Any) -> Any:
 
 def report(outcome: Outcome) -> str:
     """The closing lines: losses, answers, where the result lies, what to type next."""
-    lines = [""]
+    lines = ["", outcome.stopped] if outcome.stopped else [""]
     for name, after in outcome.losses_after.items():
         before = outcome.losses_before.get(name)
         change = f"{before:.4f} before, " if before is not None else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -40,8 +42,8 @@ def claim(out: str | None, name: str, resume: bool) -> Path:
             raise UserError(f"--out {out}: is a file; name a folder")
         if used and not resume:
             raise UserError(f"--out {out}: already holds files; --resume goes on with that run, or name another folder")
-        if resume and not used:
-            raise UserError(f"--out {out}: nothing to resume there")
+        if resume and not ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
+            raise UserError(f"--out {out}: nothing to resume there: no config.yaml and no checkpoints/")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
@@ -61,6 +63,14 @@ def _fresh(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:  # another run was first
             number += 1
+
+
+def discard(folder: Path) -> None:
+    """Take back the folder of a run that ended before it had anything to keep, so that its name is free again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # `runs/`, where this was the first and only one
+        if folder.parent == Path("runs"):
+            folder.parent.rmdir()
 
 
 def versions() -> dict[str, str]:

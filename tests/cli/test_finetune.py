@@ -1,0 +1,360 @@
+"""`litft finetune` as a person uses it: what it prints, what lies in the run folder, and what runs again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import chat_rows, write_jsonl
+
+from litft.cli.main import main
+
+PLAIN = ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--samples.max_new_tokens", "4"]
+CLOCK = {"tokens_per_s", "trained_tokens_per_s", "step_s", "data_s", "memory_gb"}
+COLUMNS = "step,epoch,loss,val_loss,lr,grad_norm,tokens,trained_tokens"
+COLUMNS += ",tokens_per_s,trained_tokens_per_s,step_s,data_s,memory_gb"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(36))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def finetune(tiny_llama: Path, chats: Path) -> Any:
+    def run(*words: Any, tuner: str = "lora", data: Any = chats) -> int:
+        files = data if isinstance(data, list) else [data]
+        return main(
+            ["finetune", tuner, "--model", str(tiny_llama), "--data", *map(str, files), *PLAIN, *map(str, words)]
+        )
+
+    return run
+
+
+def records(folder: Path | str) -> list[dict[str, str]]:
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def result(folder: Path | str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (Path(folder) / "final").iterdir() if p.suffix == ".safetensors"}
+
+
+# ---- the run folder
+
+
+def test_a_run_and_its_folder(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune("--out", "out", "--trainer.max_steps", 6) == 0
+    printed = capsys.readouterr()
+    out = Path("out")
+    assert {p.name for p in out.iterdir()} == {"config.yaml", "run.json", "metrics.csv", "checkpoints", "final"}
+    assert (out / "metrics.csv").read_text().splitlines()[0] == COLUMNS
+    rows = records(out)
+    assert [int(r["step"]) for r in rows] == list(range(7))
+    assert rows[0]["val_loss"] and rows[-1]["val_loss"] and not rows[0]["loss"]
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["outcome"] == "done" and facts["steps"] == 6 and facts["versions"]["torch"]
+    assert facts["losses_after"]["val_loss"] == min(float(r["val_loss"]) for r in rows if r["val_loss"])
+    # what is printed: the plan, the steps, losses before and after, three answers, where, and what next
+    assert re.search(r"held-out loss: \d+\.\d{4} before, \d+\.\d{4} after", printed.out)
+    assert printed.out.count("  before: ") == printed.out.count("  after:  ") == 3
+    for text in (
+        "rows to train on",
+        "step 6/6",
+        "lr ",
+        "grad_norm",
+        "tok/s",
+        "ETA",
+        "mem ",
+        "out/final",
+        "litft chat out",
+    ):
+        assert text in printed.out, text
+    assert printed.err == ""
+
+
+def test_runs_are_numbered(finetune: Any) -> None:
+    for tuner in ("lora", "full"):
+        assert finetune("--trainer.max_steps", 1, "--samples.count", 0, tuner=tuner) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["0001-lora", "0002-full"]
+    names = {p.name for p in Path("runs/0002-full/final").iterdir()}
+    assert "model.safetensors" in names and "config.json" in names
+
+
+def test_f8_config_yaml_alone_runs_it_again(finetune: Any) -> None:
+    words = ["--trainer.max_steps", 5, "--model.tuner.dropout", 0.1, "--model.lr", "1e-3", "--model.tuner.r", 4]
+    assert finetune("--out", "a", *words) == 0
+    saved = Path("a/config.yaml").read_text()
+    assert main(["finetune", "lora", "--config", "a/config.yaml", "--out", "b"]) == 0
+    assert records("a") == records("b") and result("a") == result("b") != {}
+    assert Path("b/config.yaml").read_text() == saved == Path("a/config.yaml").read_text()
+    whole = yaml.safe_load(saved)
+    assert whole["model"]["tuner"] == {
+        "class_path": "litft.LoRA",
+        "init_args": {**whole["model"]["tuner"]["init_args"], "r": 4, "dropout": 0.1},
+    }
+    assert whole["data"]["tokens_per_step"] and whole["data"]["max_length"] == 512  # decided by data and model, kept
+    assert "out" not in whole and "optimizer" not in whole
+    # without --out it takes a folder of its own
+    assert main(["finetune", "lora", "--config", "a/config.yaml"]) == 0
+    assert result("runs/0001-lora") == result("a")
+
+
+def test_f8_a_used_folder_is_refused_and_a_resume_keeps_the_first_configuration(
+    finetune: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("--out", "a", "--trainer.max_steps", 3) == 0
+    first = Path("a/config.yaml").read_text()
+    before = {p: p.stat().st_mtime_ns for p in Path("a").rglob("*")}
+    assert finetune("--out", "a", "--trainer.max_steps", 5) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in Path("a").rglob("*")} == before
+    assert main(["finetune", "lora", "--out", "a", "--resume"]) == 0  # nothing left to do
+    assert Path("a/config.yaml").read_text() == first
+    assert main(["finetune", "lora", "--out", "a", "--resume", "--trainer.max_steps", "5"]) == 0
+    assert "going on from step 3 of 5" in capsys.readouterr().out
+    assert Path("a/config-until-step-3.yaml").read_text() == first
+    assert [int(r["step"]) for r in records("a")] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--resume"], "--resume needs --out"),
+        (["--out", "new", "--resume"], "nothing to resume"),
+        (["--out", "file"], "is a file"),
+        (["--out", "/proc/nowhere/x"], "cannot be written"),
+    ],
+)
+def test_out_and_resume(words: list[str], says: str, finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("x")
+    assert finetune(*words, "--trainer.max_steps", 1) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos").mkdir()
+    Path("photos/cat.jpg").write_text("cat")
+    assert finetune("--out", "photos", "--resume") == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+# ---- before a run
+
+
+def test_print_config_prints_everything_and_runs(capsys: pytest.CaptureFixture[str], tiny_llama: Path) -> None:
+    words = ["finetune", "qlora", "--model", str(tiny_llama), "--model.tuner.r", "8", "--print_config"]
+    assert main([*words, "--data", "x.jsonl"]) == 0
+    whole = yaml.safe_load(capsys.readouterr().out)
+    assert whole["data"]["train"] == ["x.jsonl"] and whole["data"]["overlong"] == "drop"
+    assert whole["model"]["tuner"]["class_path"] == "litft.QLoRA"
+    options = whole["model"]["tuner"]["init_args"]
+    assert options["r"] == 8 and options["quant"] == "nf4" and options["alpha"] == 32
+    assert whole["checkpoint"]["keep_last"] == 1 and whole["seed_everything"] == 42
+
+
+def test_dry_run(finetune: Any, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune("--dry_run", "--json", "--data.max_length", 40) == 0
+    said = capsys.readouterr()
+    plan = json.loads(said.out)
+    assert said.err == "" and not Path("runs").exists()
+    assert plan["rows"] + sum(plan["val_rows"].values()) + sum(plan["dropped"].values()) == plan["rows_read"] == 36
+    assert any("longer than 40" in reason for reason in plan["dropped"])
+    for key in ("tokens", "trained_tokens", "packs", "steps", "trainable", "parameters"):
+        assert plan[key] > 0, key
+    assert plan["trained_tokens"] < plan["tokens"] and plan["trainable"] < plan["parameters"]
+    assert finetune("--dry_run", "--out", "never") == 0
+    text = capsys.readouterr().out
+    assert not Path("never").exists()
+    for word in ("rows to train on", "trained)", "steps of up to", "micro-batches", "weights learn"):
+        assert word in text
+
+
+def test_dry_run_says_what_the_run_then_does(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--trainer.max_epochs", 2, "--data.tokens_per_step", 200, "--val_every_n_steps", 0, "--samples.count", 0]
+    assert finetune("--dry_run", "--json", *words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert finetune("--out", "a", *words, "--trainer.log_every_n_steps", 1) == 0
+    rows = [r for r in records("a") if r["loss"]]
+    assert len(rows) == plan["steps"] and float(rows[-1]["epoch"]) == plan["epochs"] == 2.0
+    assert sum(int(r["tokens"]) for r in rows) == plan["tokens"]
+    assert sum(int(r["trained_tokens"]) for r in rows) == plan["trained_tokens"]
+
+
+# ---- data
+
+
+def test_several_files_are_a_mix(finetune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (
+        write_jsonl(tmp_path / "a.jsonl", chat_rows(10, seed=1)),
+        write_jsonl(tmp_path / "b.jsonl", chat_rows(8, seed=2)),
+    )
+    words = ["--dry_run", "--json", "--data.val_fraction", 0]
+    assert finetune(*words, data=[a, b]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 18
+    assert finetune(*words, data=a) == 0
+    alone = json.loads(capsys.readouterr().out)["tokens"]
+    assert finetune(*words, "--data.weights", 2, 0, data=[a, b]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 2 * alone
+
+
+def test_fewer_than_20_rows_have_no_validation(
+    finetune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", chat_rows(12))
+    assert finetune("--out", "a", "--trainer.max_steps", 3, data=few) == 0
+    printed = capsys.readouterr()
+    assert "no rows held out" in printed.out and "held-out loss" not in printed.out
+    assert "the last, step 3" in printed.out and printed.err == ""
+    assert not any(r["val_loss"] for r in records("a"))
+
+
+@pytest.mark.parametrize("form", ["flag", "yaml"])
+def test_several_validation_sets(form: str, finetune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (write_jsonl(tmp_path / f"{n}.jsonl", chat_rows(6, seed=s)) for n, s in (("maths", 5), ("talk", 6)))
+    words = ["--data.val", one, two]
+    if form == "yaml":
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"val": {"maths": str(one), "talk": str(two)}}}))
+        words = ["--config", tmp_path / "c.yaml"]
+    assert finetune("--out", "a", "--trainer.max_steps", 2, *words) == 0
+    out = capsys.readouterr().out
+    assert "held-out loss, maths:" in out and "held-out loss, talk:" in out and "36 rows to train on" in out
+    after = json.loads(Path("a/run.json").read_text())["losses_after"]
+    assert set(after) == {"val_loss", "val_loss/maths", "val_loss/talk"}
+    low, high = sorted(v for k, v in after.items() if "/" in k)
+    assert low <= after["val_loss"] <= high
+
+
+def test_plain_text_rows_have_no_samples(finetune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"{i}: " + row["messages"][-1]["content"] * 2} for i, row in enumerate(chat_rows(24))]
+    assert finetune("--out", "a", "--trainer.max_steps", 2, data=write_jsonl(tmp_path / "t.jsonl", rows)) == 0
+    out = capsys.readouterr().out
+    assert "before: " not in out and "held-out loss: " in out and "the result: a/final" in out
+
+
+# ---- how long
+
+
+def test_e5_one_epoch_where_nothing_is_said_and_max_steps_goes_on(
+    finetune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four = write_jsonl(tmp_path / "four.jsonl", chat_rows(4))
+    assert finetune("--out", "a", "--samples.count", 0, data=four) == 0
+    assert [float(r["epoch"]) for r in records("a")][-1] == 1.0
+    assert finetune("--out", "b", "--trainer.max_steps", 10, "--samples.count", 0, data=four) == 0
+    rows = records("b")
+    assert [int(r["step"]) for r in rows] == list(range(1, 11)) and float(rows[-1]["epoch"]) > 2
+    assert finetune("--out", "c", "--trainer.max_epochs", 3, "--samples.count", 0, data=four) == 0
+    assert float(records("c")[-1]["epoch"]) == 3.0
+
+
+def test_max_time_ends_a_run_with_a_checkpoint_and_a_result(finetune: Any) -> None:
+    words = ["--trainer.max_steps", 400, "--trainer.max_time", "00:00:00:01", "--val_every_n_steps", 0]
+    assert finetune("--out", "a", *words, "--samples.count", 0) == 0
+    steps = json.loads(Path("a/run.json").read_text())["steps"]
+    assert 0 < steps < 400
+    assert Path(f"a/checkpoints/step-{steps:06d}/state.ckpt").is_file() and result("a")
+    assert records("a")[-1]["val_loss"] and int(records("a")[-1]["step"]) == steps
+
+
+def test_patience_stops_early(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--model.lr",
+        0,
+        "--trainer.max_steps",
+        50,
+        "--val_every_n_steps",
+        2,
+        "--patience",
+        2,
+    ]  # nothing gets better
+    assert finetune("--out", "a", *words, "--samples.count", 0) == 0
+    assert json.loads(Path("a/run.json").read_text())["steps"] == 6
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_log_every_n_steps_is_obeyed(finetune: Any) -> None:
+    words = ["--trainer.max_steps", 7, "--val_every_n_steps", 0, "--samples.count", 0, "--data.val_fraction", 0]
+    assert finetune("--out", "a", *words, "--trainer.log_every_n_steps", 3) == 0
+    assert [int(r["step"]) for r in records("a")] == [1, 3, 6, 7]
+    assert finetune("--out", "b", *words) == 0
+    assert len(records("b")) == 7
+
+
+# ---- loggers
+
+
+def test_a_logger_by_config(finetune: Any) -> None:
+    words = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "logs"]
+    assert finetune("--out", "a", "--trainer.max_steps", 2, "--samples.count", 0, *words) == 0
+    (found,) = Path("logs").rglob("metrics.csv")
+    assert "val_loss" in found.read_text()
+
+
+# ---- signals, on a real process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_one_line(
+    number: int, code: int, finetune: Any, tiny_llama: Path, chats: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom lightning import Callback\n\n\nclass Slow(Callback):\n"
+        "    def on_train_batch_end(self, *args):\n        time.sleep(0.3)\n"
+    )
+    words = ["--trainer.max_steps", "8", "--model.tuner.dropout", "0.1", "--samples.count", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "litft",
+        "finetune",
+        "lora",
+        "--model",
+        tiny_llama,
+        "--data",
+        chats,
+        *words,
+        *PLAIN,
+    ]
+    slow = ["--trainer.callbacks", '[{"class_path": "slow.Slow"}]']
+    process = subprocess.Popen(
+        [*map(str, command), "--out", "b", *slow],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and not (Path("b/metrics.csv").exists() and len(records("b")) > 3):
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    found = re.fullmatch(
+        rf"stopped by {signal.Signals(number).name} after step (\d); "
+        "go on with: litft finetune lora --out b --resume\n",
+        err,
+    )
+    assert found, err
+    assert Path(f"b/checkpoints/step-{int(found[1]):06d}/state.ckpt").is_file()
+    assert main(["finetune", "lora", "--out", "b", "--resume", "--trainer.callbacks", "null"]) == 0
+    assert finetune("--out", "a", *words) == 0
+    assert records("a") == records("b") and result("a") == result("b") != {}
