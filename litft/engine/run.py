@@ -115,7 +115,7 @@ def run(
             record.finish(f"{type(error).__name__}: {text}", steps=trainer.global_step)
         raise
     outcome = _finish(trainer, method, data, folder, checkpoints, metrics)
-    if samples.questions and trainer.world_size == 1:
+    if samples.questions:
         from litft.engine.samples import last_user
 
         after = samples.answer(method)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from litft.data.conversation import Conversation
 from litft.methods.base import Method
@@ -32,8 +33,10 @@ class Samples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the prompts, and answer them with the model as it is."""
+        if not self.can_answer(trainer):
+            return
         self.questions = self._choose(trainer.datamodule)  # type: ignore[attr-defined]
-        if self.questions and trainer.world_size == 1 and trainer.global_step == 0:
+        if self.questions and trainer.global_step == 0:
             self.before = self.answer(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,9 +49,15 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print answers where asked for."""
-        if self.during and not trainer.sanity_checking and self.questions and trainer.world_size == 1:
+        if self.during and not trainer.sanity_checking and self.questions:
             for question, answer in zip(self.questions, self.answer(pl_module), strict=True):
                 print(f"    > {last_user(question)}\n    {answer}")
+
+    @staticmethod
+    def can_answer(trainer: Trainer) -> bool:
+        """Whether this process answers: the first, where it has all of the model."""
+        whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+        return whole and trainer.is_global_zero
 
     def answer(self, method: LightningModule) -> list[str]:
         """The present answers."""

@@ -66,6 +66,8 @@ def test_a_negative_number_is_a_value() -> None:
     [
         (["chats.jsonl"], "--data chats.jsonl"),
         (["--model", "a", "b"], "--model.path takes one value"),
+        (["--data", "a", "--data", "b"], "--data.train is said twice; several values follow one flag"),
+        (["--model", "a", "--model.path", "b"], "--model.path is said twice"),
         (["--out"], "--out needs a value"),
         (["--resume", "yes"], "--resume takes no value"),
         (["--data.weights", "a", "b"], "not numbers"),
@@ -208,6 +210,12 @@ def test_flags_go_before_files_and_later_files_before_earlier(tmp_path: Path) ->
     assert values(["--model.lr", "5e-3", "--config", one])["model.lr"] == "5e-3"
     found = values(["--config", one, "--config", two])
     assert float(found["model.lr"]) == 2e-3 and float(found["model.clip"]) == 2.0
+
+
+def test_a_flag_replaces_all_that_a_file_says_below_it(tmp_path: Path) -> None:
+    path = config(tmp_path, "trainer:\n  callbacks:\n    - class_path: not.There\n  logger: {class_path: x.Y}\n")
+    words = expand(["--config", path, "--trainer.callbacks", "null", "--trainer.logger", "Z"], "lora")
+    assert words[1:] == ["--trainer.callbacks=null", "--trainer.logger=Z"]
 
 
 def test_val_sets_by_name(tmp_path: Path) -> None:

@@ -308,53 +308,88 @@ def test_a_logger_by_config(finetune: Any) -> None:
 
 # ---- signals, on a real process
 
+SLOW = """
+import time
+from lightning import Callback
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_checkpoint_and_one_line(
-    number: int, code: int, finetune: Any, tiny_llama: Path, chats: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "slow.py").write_text(
-        "import time\nfrom lightning import Callback\n\n\nclass Slow(Callback):\n"
-        "    def on_train_batch_end(self, *args):\n        time.sleep(0.3)\n"
-    )
-    words = ["--trainer.max_steps", "8", "--model.tuner.dropout", "0.1", "--samples.count", "0"]
-    command = [
-        sys.executable,
-        "-m",
-        "litft",
-        "finetune",
-        "lora",
-        "--model",
-        tiny_llama,
-        "--data",
-        chats,
-        *words,
-        *PLAIN,
-    ]
+
+class Slow(Callback):
+    def on_train_batch_end(self, *args):
+        time.sleep(0.3)
+"""
+
+
+def stop_in_the_middle(words: list[Any], folder: str, number: int, tmp_path: Path) -> tuple[int, str, str]:
+    """Start `litft` with a callback that takes its time, send it a signal after some steps; code, stdout, stderr."""
+    (tmp_path / "slow.py").write_text(SLOW)
     slow = ["--trainer.callbacks", '[{"class_path": "slow.Slow"}]']
     process = subprocess.Popen(
-        [*map(str, command), "--out", "b", *slow],
+        [sys.executable, "-m", "litft", *map(str, words), *slow],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     try:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and not (Path("b/metrics.csv").exists() and len(records("b")) > 3):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (Path(folder) / "metrics.csv").exists() and len(records(folder)) > 3:
+                break
             time.sleep(0.05)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        return process.wait(60), *process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == code, err
+
+
+def one_line(number: int, folder: str, said: str) -> int:
+    """The step of the one line that a stopped run says."""
+    name = signal.Signals(number).name
     found = re.fullmatch(
-        rf"stopped by {signal.Signals(number).name} after step (\d); "
-        "go on with: litft finetune lora --out b --resume\n",
-        err,
+        rf"stopped by {name} after step (\d); go on with: litft finetune lora --out {folder} --resume\n", said
     )
-    assert found, err
-    assert Path(f"b/checkpoints/step-{int(found[1]):06d}/state.ckpt").is_file()
+    assert found, said
+    return int(found[1])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_one_line(
+    number: int, code: int, finetune: Any, tiny_llama: Path, chats: Path, tmp_path: Path
+) -> None:
+    words = ["--trainer.max_steps", 8, "--model.tuner.dropout", 0.1, "--samples.count", 0]
+    command = ["finetune", "lora", "--model", tiny_llama, "--data", chats, *words, *PLAIN, "--out", "b"]
+    ended, _, err = stop_in_the_middle(command, "b", number, tmp_path)
+    assert ended == code, err
+    assert Path(f"b/checkpoints/step-{one_line(number, 'b', err):06d}/state.ckpt").is_file()
     assert main(["finetune", "lora", "--out", "b", "--resume", "--trainer.callbacks", "null"]) == 0
     assert finetune("--out", "a", *words) == 0
     assert records("a") == records("b") and result("a") == result("b") != {}
+
+
+def test_two_processes_are_one_run(finetune: Any, tiny_llama: Path, chats: Path, tmp_path: Path) -> None:
+    """Two gloo processes, stopped and resumed: one folder, one report, and the training of one process."""
+    from safetensors.torch import load
+
+    words = ["--trainer.max_steps", 8, "--data.tokens_per_step", 300, "--model.lr", "1e-3", "--samples.count", 1]
+    two = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    command = ["finetune", "lora", "--model", tiny_llama, "--data", chats, *words, *PLAIN, *two]
+    ended, out, err = stop_in_the_middle(command, "runs/0001-lora", signal.SIGTERM, tmp_path)
+    assert ended == 143, err
+    step = one_line(signal.SIGTERM, "runs/0001-lora", err)
+    assert out.count("rows to train on") == 1 and len(re.findall(r"^step 1/8", out, re.MULTILINE)) == 1
+    again = ["finetune", "lora", "--out", "runs/0001-lora", "--resume", "--trainer.callbacks", "null"]
+    done = subprocess.run([sys.executable, "-m", "litft", *again], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and f"going on from step {step} of 8" in done.stdout
+    assert len(re.findall("the result:", done.stdout)) == done.stdout.count("  before: ") == 1
+    assert [p.name for p in Path("runs").iterdir()] == ["0001-lora"]
+
+    assert finetune("--out", "one", *words) == 0
+    ours, theirs = records("runs/0001-lora"), records("one")
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [str(i) for i in range(9)]
+    assert [(r["tokens"], r["trained_tokens"]) for r in ours] == [(r["tokens"], r["trained_tokens"]) for r in theirs]
+    for column in ("loss", "val_loss", "grad_norm"):
+        assert [float(r[column] or 0) for r in ours] == pytest.approx([float(r[column] or 0) for r in theirs], rel=1e-5)
+    (a,), (b,) = result("runs/0001-lora").values(), result("one").values()
+    for name, tensor in load(a).items():
+        assert (tensor - load(b)[name]).abs().max() < 1e-5, name
