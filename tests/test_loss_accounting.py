@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from training import Trace, difference, moved, train
 from two_processes import run_in_two
 
+from litft import UserError
+
 STEP = 600  # tokens an optimizer step
 CUTS = {
     "one micro-batch": {"tokens_per_batch": 4096},
@@ -240,6 +242,11 @@ def test_a7_expert_balance_has_the_same_denominator(moe: Path, rows: Path) -> No
     assert abs(runs[0].losses[0] - plain.losses[0]) > 0.1, "the balance loss is part of the loss"
     for run in runs[1:]:
         assert_same(runs[0], run)
+
+
+def test_a7_no_experts_to_balance(tiny_llama: Path, rows: Path) -> None:
+    with pytest.raises(UserError, match="balance_experts"):
+        train(tiny_llama, rows, method=MOE)
 
 
 def test_a8_the_denominator_counts_predicted_tokens(tiny_llama: Path, tmp_path: Path) -> None:

@@ -87,6 +87,21 @@ def test_recompute_changes_nothing(family: str) -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a7_balance_of_each_document_equals_transformers(family: str, packing: bool) -> None:
+    net = as_trained(family)
+    net.balance_experts = True
+    found = net(batch_of(packing))["balance"]
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    alone = [
+        model(torch.from_numpy(ids).long()[None], use_cache=False, output_router_logits=True).aux_loss
+        for ids, _ in documents()
+    ]
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
 def test_recompute_keeps_the_experts_balance(packing: bool) -> None:
     found = []
     for recompute in (False, True):

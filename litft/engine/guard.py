@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimizer, max_norm: float | None) -> Tensor:
     """Clip gradients by their global norm and make the optimizer skip the step where that norm isn't finite.
 
-    On CUDA a fused optimizer reads the verdict on the device (the argument that loss scaling uses), so no step waits for
-    the device; elsewhere gradients of a bad step are dropped, and an optimizer leaves parameters without one alone.
+    A fused optimizer reads the verdict on the device (the argument that loss scaling uses), so no step waits for the
+    device; for others the gradients of a bad step are dropped, and an optimizer leaves parameters without one alone.
 
     Args:
         parameters: what is trained.
@@ -25,7 +25,7 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm.is_cuda and getattr(optimizer, "defaults", {}).get("fused"):
+    if getattr(optimizer, "defaults", {}).get("fused"):
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     elif not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)

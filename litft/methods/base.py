@@ -178,11 +178,10 @@ class Method(LightningModule):
         if self.recompute == "full":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-        own = (
-            getattr(model.config, "router_aux_loss_coef", 0.0)
-            if getattr(model.config, "output_router_logits", 0)
-            else 0.0
-        )
+        routed = getattr(model.config, "router_aux_loss_coef", None)
+        if self.balance_experts and routed is None:
+            raise UserError(f"--model.balance_experts: {self.path} has no experts to balance")
+        own = routed if getattr(model.config, "output_router_logits", False) else 0.0
         self.balance = own if self.balance_experts is None else self.balance_experts
         self.net = CausalLM(model, balance_experts=bool(self.balance))
         return self
