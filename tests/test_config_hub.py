@@ -28,7 +28,7 @@ def test_the_promised_ones_are_there():
     promised = [f"smollm2/135m-{t}" for t in ("full", "lora", "qlora")] + [
         f"qwen3/0.6b-{t}" for t in ("full", "lora", "qlora")
     ]
-    assert set(promised + ["llama3/8b-lora", "llama3/8b-qlora"]) <= set(hub_names())
+    assert {*promised, "llama3/8b-lora", "llama3/8b-qlora"} <= set(hub_names())
 
 
 @pytest.mark.parametrize("name", hub_names())

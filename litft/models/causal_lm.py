@@ -27,7 +27,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: nn.Module, balance_experts: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.balance_experts = balance_experts
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
