@@ -267,6 +267,48 @@ def test_h8_a_row_that_is_almost_all_padding_is_finite() -> None:
         assert torch.isfinite(nll).all() and all(torch.isfinite(g).all() for g in gradients.values())
 
 
+_SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.15}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+OTHERS: dict[str, dict[str, Any]] = {
+    "mamba": {**_SIZES, "state_size": 4},
+    "bloom": {**_SIZES, "n_layer": 2, "n_head": 4},
+    "gpt_neo": {
+        **_SIZES,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "lfm2": {**_SIZES, **_HEADS, "layer_types": ["conv", "full_attention"]},
+    "opt": {**_SIZES, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {**_SIZES, "num_attention_heads": 4, "intermediate_size": 64},
+    "phi": {**_SIZES, **_HEADS},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_cannot_be_packed_are_padded_instead(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from litft.models.load import can_pack
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **OTHERS[kind])).eval()
+    model.config.use_cache = False
+    expected = []
+    for ids, trained in documents():
+        targets = np.flatnonzero(trained[1:])
+        logits = model(input_ids=torch.from_numpy(ids).long()[None], use_cache=False).logits[0, targets]
+        expected.append(F.cross_entropy(logits, torch.from_numpy(ids[1:][targets]).long(), reduction="none"))
+    reason = can_pack(model)
+    assert (reason is None) == (kind in ("opt", "gpt_neox", "phi"))
+    if reason is None:
+        model.set_attn_implementation(attention.register())
+    for packing in (True, False) if reason is None else (False,):
+        nll = CausalLM(model)(batch_of(packing))["nll"]
+        torch.testing.assert_close(nll, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_attaches_and_learns(family: str) -> None:
     from litft import LoRA
