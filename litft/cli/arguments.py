@@ -165,7 +165,8 @@ def _said_in(name: str) -> list[Said]:
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
-            raise UserError(f"{path}: holds a {root.tag.rpartition(":")[2]}, not keys and values")
+            kind = root.tag.rpartition(":")[2]
+            raise UserError(f"{path}: holds a {kind}, not keys and values")
         return list(_flatten(root, "", str(path), loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -128,16 +128,22 @@ def _folder(config: Any, tuner: str) -> Path:
 
 def _trainer(cli: Any) -> Any:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import ProgressBar
 
+    from litft.engine.console import Bar
     from litft.engine.precision import default_precision
 
-    said = cli.config.trainer
+    said, callbacks = cli.config.trainer, list(cli.config_init.trainer.callbacks or [])
+    bar = sys.stderr.isatty() if said.enable_progress_bar is None else said.enable_progress_bar
+    if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks.append(Bar())
     limits = {"max_epochs": 1} if said.max_epochs is None and said.max_steps == -1 else {}
     try:
         return cli.make_trainer(
             logger=cli.config_init.trainer.logger or False,
             precision=said.precision or default_precision(said.accelerator),
-            enable_progress_bar=sys.stderr.isatty() if said.enable_progress_bar is None else said.enable_progress_bar,
+            enable_progress_bar=bar,
+            callbacks=callbacks,
             **limits,
         )
     except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:

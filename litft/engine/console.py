@@ -7,12 +7,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from litft.engine.metrics import eta
 
 QUIET_S = 2.0  # a line at most this often, except for validation, the first and the last step
+
+
+class Bar(TQDMProgressBar):
+    """The steps of an epoch as a bar, past which the console's lines are written."""
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        """The loss; a logger's version tells nobody anything."""
+        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
 
 
 class Console(Logger):

@@ -98,9 +98,11 @@ def run(
     checkpoints, samples, metrics = _one(trainer, Checkpoints), _one(trainer, Samples), StepMetrics(log_every_n_steps)
     checkpoints.signals = signals
     checkpoints.folder = folder / "checkpoints"
-    trainer.callbacks.insert(0, metrics)  # type: ignore[attr-defined]
+    added: list[Any] = [metrics]  # after what takes time to look (samples), before the checkpoint that closes a step
     if patience is not None:
-        trainer.callbacks.insert(1, EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=False))  # type: ignore[attr-defined]
+        added.append(EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=False))
+    at = trainer.callbacks.index(checkpoints)  # type: ignore[attr-defined]
+    trainer.callbacks[at:at] = added  # type: ignore[attr-defined]
     every = val_every_n_steps if val_every_n_steps is not None else math.ceil(data.total_steps / VALIDATIONS)
     trainer.val_check_interval = every or sys.maxsize
     trainer.check_val_every_n_epoch = None

@@ -70,6 +70,7 @@ def start(
     checkpoints: dict[str, Any] | None = None,
     samples: int = 0,
     method: type = SFT,
+    callbacks: tuple[Callback, ...] = (),
     trainer: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Trace, Any, Any]:
@@ -96,7 +97,7 @@ def start(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=-1,
-        callbacks=[trace, Checkpoints(**(checkpoints or {})), Samples(count=samples, max_new_tokens=8)],
+        callbacks=[trace, *callbacks, Checkpoints(**(checkpoints or {})), Samples(count=samples, max_new_tokens=8)],
         **(trainer or {}),
     )
     outcome = None
