@@ -15,14 +15,21 @@ from two_processes import run_in_two
 from litft import UserError
 
 STEP = 600  # tokens an optimizer step
-CUTS = {
+CUTS: dict[str, dict[str, Any]] = {
     "one micro-batch": {"tokens_per_batch": 4096},
     "small micro-batches": {"tokens_per_batch": 260},
     "padded": {"tokens_per_batch": 4096, "packing": False},
     "padded, small": {"tokens_per_batch": 300, "packing": False},
 }
-ADAMW = {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup": 0.2, "clip": 1.0, "weight_decay": 0.1}
-MOE = {"balance_experts": 0.5}
+ADAMW: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup": 0.2,
+    "clip": 1.0,
+    "weight_decay": 0.1,
+}
+MOE: dict[str, Any] = {"balance_experts": 0.5}
 
 
 def row(question: str, answer: str) -> dict[str, Any]:

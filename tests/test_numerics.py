@@ -18,9 +18,9 @@ from litft.engine.guard import clip_and_guard
 from litft.engine.metrics import BadLoss
 from litft.engine.samples import Samples
 
-STEP = {"tokens_per_step": 600, "tokens_per_batch": 260}
-ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "clip": 1.0}
-VALIDATED = {"num_sanity_val_steps": -1, "val_check_interval": 1}
+STEP: dict[str, Any] = {"tokens_per_step": 600, "tokens_per_batch": 260}
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "clip": 1.0}
+VALIDATED: dict[str, Any] = {"num_sanity_val_steps": -1, "val_check_interval": 1}
 
 
 @pytest.fixture(scope="module")

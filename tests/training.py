@@ -81,12 +81,14 @@ def train(
     from litft import SFT, ChatData, Full
 
     seed_everything(seed, verbose=False)
-    options = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0} | (method or {})
+    options: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0} | (
+        method or {}
+    )
     sft = SFT(str(model), tuner or Full(), **options)
     files = [str(row) for row in rows] if isinstance(rows, list) else str(rows)
     chat = ChatData(files, **({"val_fraction": 0.0} | data))
     limits = trainer or {}
-    quiet = {
+    quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,

@@ -1,4 +1,4 @@
-"""The loader that hands out one optimizer step at a time: this rank's micro-batches, and what the step counts in all."""
+"""The loader that hands out one optimizer step at a time: this rank's micro-batches, and what the step counts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def make_batch(
 ) -> Batch:
     """One micro-batch of these rows.
 
-    A rank that has no row left still takes part in every forward and backward pass (the others wait for it): it is given
-    the `spare` row with nothing to train on.
+    A rank that has no row left still takes part in every forward and backward pass (the others wait for it): it is
+    given the `spare` row with nothing to train on.
     """
     documents = [read(int(row)) for row in rows]
     if not documents:
@@ -77,8 +77,8 @@ class Steps(Dataset):
 class FromStep(DistributedSampler):
     """Counts from a start to the end of the epoch.
 
-    A `DistributedSampler` by type only: that is what makes Trainer and Fabric leave it alone, since the plan has shared the
-    rows out already. Its length is the whole epoch's, as Trainer counts a resumed epoch from its beginning.
+    A `DistributedSampler` by type only: that is what makes Trainer and Fabric leave it alone, since the plan has shared
+    the rows out already. Its length is the whole epoch's, as Trainer counts a resumed epoch from its beginning.
     """
 
     def __init__(self, length: int, start: int = 0) -> None:

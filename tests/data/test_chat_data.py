@@ -29,7 +29,7 @@ def rows(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", chat_rows(60))
 
 
-def prepared(model: Path, data: Any, max_epochs: int = 1, ranks: int = 1, rank: int = 0, **options: Any) -> ChatData:
+def prepared(model: Path, data: Any, max_epochs: int = 1, ranks: int = 1, rank: int = 0, **options: Any) -> Any:
     chat = ChatData(str(data) if isinstance(data, Path) else data, **options)
     return chat.prepare(SFT(str(model), Full()), max_epochs=max_epochs, ranks=ranks, rank=rank)
 
@@ -92,10 +92,13 @@ def test_i1_whatever_decides_the_ids_is_in_the_key(tiny_llama: Path, rows: Path,
     other = save_tiny(tmp_path / "other", template=CHATML.replace("message['role']", "message['role'] | upper"))
     padded = save_tiny(tmp_path / "padded")
     tiny_tokenizer(pad_token="<|im_end|>").save_pretrained(padded)
-    for count, (model, options) in enumerate(
-        [(other, {}), (padded, {}), (tiny_llama, {"train_on": "last"}), (tiny_llama, {"allow_special_tokens": True})],
-        start=2,
-    ):
+    cases: list[tuple[Path, dict[str, Any]]] = [
+        (other, {}),
+        (padded, {}),
+        (tiny_llama, {"train_on": "last"}),
+        (tiny_llama, {"allow_special_tokens": True}),
+    ]
+    for count, (model, options) in enumerate(cases, start=2):
         prepared(model, rows, **options)
         assert len(stores(tmp_path)) == count
 
@@ -364,7 +367,7 @@ def test_held_out_prompts_are_those_of_held_out_rows(bad: int, tiny_llama: Path,
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("packing", [True, False])
 def test_ranks_hand_out_every_row_once(ranks: int, packing: bool, tiny_llama: Path, rows: Path) -> None:
-    options = {"packing": packing, "tokens_per_step": 700, "tokens_per_batch": 300, "val_fraction": 0.2}
+    options: dict[str, Any] = {"packing": packing, "tokens_per_step": 700, "tokens_per_batch": 300, "val_fraction": 0.2}
     data = [prepared(tiny_llama, rows, ranks=ranks, rank=rank, **options) for rank in range(ranks)]
     trained = tokens_seen = 0
     for steps in zip(*[d.train_dataloader(0, 0) for d in data], strict=True):

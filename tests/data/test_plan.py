@@ -18,7 +18,7 @@ quick = settings(max_examples=60, deadline=None)
 
 def plan_of(sizes: np.ndarray, **changed: Any) -> Plan:
     files = changed.pop("file_of_row", np.zeros(len(sizes), int))
-    options = {"weights": [1.0], "seed": 3, "tokens_per_step": 300, "tokens_per_batch": 150} | changed
+    options: dict[str, Any] = {"weights": [1.0], "seed": 3, "tokens_per_step": 300, "tokens_per_batch": 150} | changed
     return Plan(sizes, np.maximum(1, sizes // 2), files, **options)
 
 

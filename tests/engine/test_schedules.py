@@ -57,7 +57,7 @@ def test_e3_planned_steps_are_made(
 ) -> None:
     trace = train(
         tiny_llama,
-        [rows, rows],
+        [str(rows), str(rows)],
         weights=[0.5, 0.3],
         trainer=limits,
         packing=packing,
@@ -112,10 +112,19 @@ def test_validation_by_itself_and_after_training(tiny_llama: Path, rows: Path) -
 
     from litft import SFT, ChatData, Full
 
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
     alone = ChatData(str(rows), val_fraction=0.2)
     (found,) = Trainer(**quiet).validate(SFT(str(tiny_llama), Full()), datamodule=alone, verbose=False)
-    options = {"val_fraction": 0.2, "trainer": {"max_epochs": 2, "num_sanity_val_steps": -1}, "method": {"lr": 0.0}}
+    options: dict[str, Any] = {
+        "val_fraction": 0.2,
+        "trainer": {"max_epochs": 2, "num_sanity_val_steps": -1},
+        "method": {"lr": 0.0},
+    }
     trace = train(tiny_llama, rows, **options)
     assert trace.val_losses[0]["val_loss"] == pytest.approx(found["val_loss"], rel=1e-6)
     steps = trace.data.total_steps
