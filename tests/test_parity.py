@@ -83,7 +83,7 @@ def by_transformers(model: Any, examples: list[dict[str, Any]], folder: Path, **
     ids=str,
 )
 def test_losses_and_weights_equal_transformers(
-    cut: dict[str, int], tuner: str, tiny_llama: Path, rows: Path, tmp_path: Path
+    cut: dict[str, Any], tuner: str, tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
