@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,10 @@ class ChatData(LightningDataModule):
         self.seed, self.num_workers, self.revision = seed, num_workers, revision
         if weights is not None and (len(weights) != len(self.train_files) or min(weights) < 0 or max(weights) == 0):
             raise UserError(f"--data.weights: {weights} for {len(self.train_files)} files; give one number >= 0 a file")
+        limits = {"max_length": max_length, "tokens_per_batch": tokens_per_batch, "tokens_per_step": tokens_per_step}
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise UserError(f"--data.{name} {value}: must be at least 1")
         if not 0 <= val_fraction < 1:
             raise UserError(f"--data.val_fraction {val_fraction}: must be at least 0 and below 1")
         self.plan: Plan | None = None
@@ -260,7 +265,7 @@ class ChatData(LightningDataModule):
         return {
             "rows": len(chosen),
             "rows_read": sum(len(store) + store.bad for store in chosen.stores),
-            "schemas": {name: n for store in chosen.stores for name, n in store.schemas.items()},
+            "schemas": dict(sum((Counter(store.schemas) for store in chosen.stores), Counter())),
             "dropped": chosen.dropped,
             "skipped": [line for store in chosen.stores for line in store.skipped],
             "truncated": chosen.truncated,

@@ -13,6 +13,23 @@ from litft.errors import UserError
 NAMES = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd")
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that is neither known nor a class path of a `torch.optim.Optimizer`, the nearest known one named.
+
+    Raises:
+        UserError: as said.
+    """
+    if name in NAMES:
+        return
+    if "." not in name:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--model.optimizer {name}: not one of {', '.join(NAMES)} and not a class path{hint}")
+    _find(name)
+
+
 def build_optimizer(
     name: str,
     groups: list[dict[str, Any]],
@@ -47,27 +64,30 @@ def build_optimizer(
             raise UserError(f"--model.optimizer {name} needs bitsandbytes; mend: pip install bitsandbytes") from None
         cls = optim.AdamW8bit if name == "adamw_8bit" else optim.PagedAdamW8bit
         return cls(groups, lr=lr, betas=betas, weight_decay=weight_decay)
-    if "." not in name:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--model.optimizer {name}: not one of {', '.join(NAMES)} and not a class path{hint}")
     return _by_path(name, groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
 
 def _by_path(path: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
     import inspect
 
-    module, _, attribute = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--model.optimizer {path}: cannot be imported ({error})") from None
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        raise UserError(f"--model.optimizer {path}: not a torch.optim.Optimizer")
+    cls = _find(path)
     taken = inspect.signature(cls).parameters
     try:
         return cls(groups, **{key: value for key, value in options.items() if key in taken})
     except (TypeError, ValueError) as error:
         raise UserError(f"--model.optimizer {path}: doesn't take these parameter groups ({error})") from None
+
+
+def _find(path: str) -> type[Optimizer]:
+    module, _, attribute = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--model.optimizer {path}: cannot be imported ({error})") from None
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise UserError(f"--model.optimizer {path}: not a torch.optim.Optimizer")
+    if issubclass(cls, torch.optim.LBFGS):
+        raise UserError(
+            f"--model.optimizer {path}: evaluates the loss several times a step, which a planned step can't"
+        )
+    return cls

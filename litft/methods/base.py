@@ -15,7 +15,7 @@ from torch import Tensor
 from litft.data.batch import Batch
 from litft.data.loader import Step
 from litft.engine.guard import clip_and_guard
-from litft.engine.optimizers import build_optimizer
+from litft.engine.optimizers import build_optimizer, check_name
 from litft.engine.precision import check_precision
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
@@ -78,9 +78,14 @@ class Method(LightningModule):
         self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
         self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
-        for name, value in (("lr", self.lr), ("warmup", warmup), ("min_lr", min_lr), ("clip", clip)):
+        at_least_0 = {"lr": self.lr, "weight_decay": weight_decay, "warmup": warmup, "min_lr": min_lr, "clip": clip}
+        at_least_0 |= {"balance_experts": balance_experts or 0, "max_bad_steps": max_bad_steps}
+        for name, value in at_least_0.items():
             if not value >= 0:
                 raise UserError(f"--model.{name} {value}: must be at least 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"--model.betas {list(betas)}: must be at least 0 and below 1")
+        check_name(optimizer)
         if min_lr > self.lr:
             raise UserError(f"--model.min_lr {min_lr}: is above --model.lr {self.lr}")
         self.new_tokens: list[str] = []
@@ -168,6 +173,8 @@ class Method(LightningModule):
             if isinstance(self.tuner, LoRA):
                 self.tuner.trainable_rows = rows
         adapter = self.source.adapter
+        if adapter is not None and len(self.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)  # the adapter brings their rows
         if adapter is not None and isinstance(self.tuner, LoRA):  # go on with it
             self.tuner = self.tuner.continuing(adapter)
         elif adapter is not None:  # full tuning starts from what base and adapter are together

@@ -277,8 +277,26 @@ class LoRA(Tuner):
         return cls(**{**peft_format.tuner_options(Path(folder)), **options})
 
     def continuing(self, folder: str | Path) -> Self:
-        """A tuner of this kind that goes on with a saved adapter: its shape, this one's way of training it."""
-        return self.from_folder(folder, lora_plus_ratio=self.lora_plus_ratio)
+        """A tuner of this kind that goes on with a saved adapter: its shape, this one's way of training it.
+
+        Raises:
+            UserError: this tuner asks for another shape than the adapter has.
+        """
+        training = {"dropout": self.dropout} if self.dropout else {}
+        saved = self.from_folder(folder, lora_plus_ratio=self.lora_plus_ratio, **training, **self._storage())
+        default = type(self)()
+        for key in ("r", "alpha", "targets", "rslora", "dora", "target_parameters", "modules_to_save"):
+            asked, there = getattr(self, key), getattr(saved, key)
+            if asked not in (getattr(default, key), there):
+                raise UserError(
+                    f"--model.tuner.{key} {asked}: the adapter in {folder} has {there} and is gone on with as it is\n"
+                    "leave the option out, or start a new adapter from the base model"
+                )
+        return saved
+
+    def _storage(self) -> dict[str, Any]:
+        """Options that say how the base is stored, which files of adapters do not hold."""
+        return {}
 
 
 def merge_adapter(model: PreTrainedModel, folder: str | Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from litft.tuners.base import Applied
 from litft.tuners.lora import LoRA, replace
@@ -60,6 +59,5 @@ class QLoRA(LoRA):
                 parent.reset_magnitude()
         return applied
 
-    def continuing(self, folder: str | Path) -> Self:
-        """A tuner of this kind that goes on with a saved adapter: its shape, this one's way of training it."""
-        return self.from_folder(folder, lora_plus_ratio=self.lora_plus_ratio, quant=self.quant)
+    def _storage(self) -> dict[str, Any]:
+        return {"quant": self.quant}

@@ -76,3 +76,17 @@ def test_d8_rows_of_added_tokens_move(tmp_path):
     with torch.no_grad():
         moved = (end(ids) - start(ids))[0].abs().amax(1)
     assert (moved[-1] > 0) and (moved[:-2] == 0).all()
+
+
+def test_an_adapter_with_added_tokens_is_gone_on_with(tmp_path):
+    method, data = prepared(tmp_path, tuner=LoRA(r=4), lr=1e-2, add_tokens=True)
+    trainer(3).fit(method, datamodule=data)
+    folder = method.save(tmp_path / "out")
+    for tuner in (LoRA(r=4), Full()):
+        again = SFT(str(folder), tuner=tuner)
+        more = ChatData(str(tmp_path / "rows.jsonl"), val_fraction=0)
+        more.prepare(again, max_steps=2)
+        again.build()
+        with torch.no_grad():
+            batch = more.train_dataloader(0, 0).dataset[0]["micro_batches"][0]
+            torch.testing.assert_close(again.eval().loss(batch), method.eval().loss(batch), rtol=1e-5, atol=1e-6)
