@@ -64,6 +64,7 @@ def build_optimizer(
             raise UserError(f"--model.optimizer {name} needs bitsandbytes; mend: pip install bitsandbytes") from None
         cls = optim.AdamW8bit if name == "adamw_8bit" else optim.PagedAdamW8bit
         return cls(groups, lr=lr, betas=betas, weight_decay=weight_decay)
+    check_name(name)
     return _by_path(name, groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
 
