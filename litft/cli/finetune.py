@@ -39,11 +39,14 @@ def main(argv: list[str]) -> int:
         try:
             if "--help" in words:
                 print(HELP)
+            signals.importing = True
             _quiet()
             try:
                 cli = _parse(words)
             except SystemExit as done:  # --help and --print_config end in the parser
                 return int(done.code or 0)
+            finally:
+                signals.importing = False
             return _run(cli, tuner, signals)
         except Stopped as stop:
             if _follows():
@@ -64,6 +67,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     folder = _folder(config, tuner) if config.out and not config.dry_run else None
     trainer = _trainer(cli)
     planned = plan(cli.model, cli.datamodule, trainer)
+    signals.check()
     if config.dry_run:
         cli.model.build(trainer.precision, trainer.strategy.root_device)
         applied = cli.model.applied

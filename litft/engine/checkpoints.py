@@ -74,6 +74,7 @@ class Checkpoints(Checkpoint):
         """Take the signals back from Trainer."""
         if self.signals:
             self.signals.install()
+            self.signals.check()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """From here on there is something to lose: signals wait for the end of a step."""

@@ -109,6 +109,8 @@ def run(
     since = step_of(checkpoint) if checkpoint else None
     trainer.loggers = [MetricsCSV(folder, since), *trainer.loggers, Console(data.total_steps)]
     record = _begin(trainer, folder, planned, config, checkpoint)
+    if signals:
+        signals.training = True
     try:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except BaseException as error:

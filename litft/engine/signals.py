@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -30,12 +31,16 @@ class Signals:
     """Handlers of the signals that ask a process to end; a context manager.
 
     A signal raises `Stopped` in the main thread. While `deferred` it is only noted, to be obeyed between two steps; a
-    second Ctrl-C then raises all the same.
+    second Ctrl-C then raises all the same. While `importing` the process ends on the spot: nothing is there to be
+    tidied up, and a library may swallow what is raised in mid-import and fail in odd ways later.
     """
 
     def __init__(self) -> None:
         self.noted: int | None = None
         self.deferred = False
+        self.importing = False
+        self.training = False
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -54,10 +59,22 @@ class Signals:
             for number in OBEYED:
                 signal.signal(number, self._handle)
 
+    def check(self) -> None:
+        """Raise again what was raised where Python drops exceptions, as in a destructor."""
+        if self.noted is not None and not self.deferred:
+            raise Stopped(self.noted)
+
     def _handle(self, number: int, frame: Any) -> None:
-        if not self.deferred or (self.noted is not None and number == signal.SIGINT):
+        if os.getpid() != self._process:  # a forked worker: its parent has been told too, and still needs it to train
+            if not self.training:
+                os._exit(128 + number)
+            return
+        if self.importing:
+            if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+                print(Stopped(number), file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        first, self.noted = self.noted is None, self.noted or number
+        if not self.deferred or (not first and number == signal.SIGINT):
             raise Stopped(number)
-        if self.noted is None:
-            self.noted = number
-            if sys.stderr.isatty():  # a step may take a while, and a person is waiting
-                print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        if first and sys.stderr.isatty():  # a step may take a while, and a person is waiting
+            print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
