@@ -173,7 +173,8 @@ class Method(LightningModule):
             if isinstance(self.tuner, LoRA):
                 self.tuner.trainable_rows = rows
         adapter = self.source.adapter
-        if adapter is not None and len(self.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        embedding: Any = model.get_input_embeddings()
+        if adapter is not None and len(self.tokenizer) > embedding.num_embeddings:
             model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)  # the adapter brings their rows
         if adapter is not None and isinstance(self.tuner, LoRA):  # go on with it
             self.tuner = self.tuner.continuing(adapter)
