@@ -217,6 +217,7 @@ def stats(argv: list[str]) -> int:
     found = _measure(args.FILE, encoder, min(n for n in (args.max_length or _default_length(), context) if n), args)
     for line in found.pop("skipped"):
         print(line, file=sys.stderr)
+    _print_notes(Counter(found["notes"]))
     lengths = found.pop("lengths")
     print(json.dumps(found, indent=2) if args.json else "\n".join([*_stats_lines(found), *_histogram(lengths)]))
     return 2 if found["bad"] else 0
@@ -245,7 +246,7 @@ def _measure(source: str, encoder: ChatEncoder, limit: int, args: argparse.Names
             progress=lambda done: advance(1),
         )
         lengths, trained = store.lengths, store.trained_counts()
-        skipped, bad, schemas = store.skipped, store.bad, store.schemas
+        skipped, bad, schemas, notes = store.skipped, store.bad, store.schemas, store.notes
     if not len(lengths):
         raise UserError(f"{source}: no usable row; the first of {bad} bad ones:\n{skipped[0]}")
     return {
@@ -258,6 +259,7 @@ def _measure(source: str, encoder: ChatEncoder, limit: int, args: argparse.Names
         "trained": _summary(trained),
         "max_length": limit,
         "longer": int((lengths > limit).sum()),
+        "notes": notes,
         "skipped": skipped,
         "lengths": lengths,
     }

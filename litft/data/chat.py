@@ -267,7 +267,8 @@ class ChatData(LightningDataModule):
             "rows_read": sum(len(store) + store.bad for store in chosen.stores),
             "schemas": dict(sum((Counter(store.schemas) for store in chosen.stores), Counter())),
             "dropped": chosen.dropped,
-            "skipped": [line for store in chosen.stores for line in store.skipped],
+            "skipped": [line for store in self._all_stores() for line in store.skipped],
+            "notes": dict(sum((Counter(store.notes) for store in self._all_stores()), Counter())),
             "truncated": chosen.truncated,
             "val_rows": {name: len(s) for name, s in self.val_selections.items()},
             "tokens": int(sum(chosen.lengths[r].sum() for r in rows)),
@@ -282,6 +283,11 @@ class ChatData(LightningDataModule):
             "cannot_pack": self.cannot_pack,
             "ranks": plan.ranks,
         }
+
+    def _all_stores(self) -> list[TokenStore]:
+        """Those of the training and the validation data, each once; held-out rows lie in the training data's."""
+        train, val = self._encoded
+        return [*train, *val.values()]
 
     def _workers(self) -> int:
         return self.num_workers if self.num_workers is not None else (2 if self._pin else 0)

@@ -60,6 +60,27 @@ def check_calls(text: str, answer: Answer, message: Message) -> None:
             raise MaskError(f"the chat template does not render all tool_calls of message {answer.message + 1}")
 
 
+def check_said(layout: Layout, answer: Answer, message: Message) -> None:
+    """Refuse an answer of nothing but reasoning that the template leaves out: only its end would be trained."""
+    if message.get("tool_calls"):
+        return
+    thought, said = _inline_reasoning(message)
+    if said.strip() or (thought and thought in layout.text[answer.begin : answer.close]):
+        return
+    if not any(i == answer.message and kind in "rs" for _, i, kind in layout.marks):
+        raise MaskError(
+            f"assistant message {answer.message + 1} is empty but for reasoning, which the chat template leaves out",
+            "give it text, or give it train: false",
+        )
+
+
+def _inline_reasoning(message: Message) -> tuple[str, str]:
+    """The reasoning that stands inside the content, and the text after it."""
+    content = message.get("content") or ""
+    thought, closed, said = content.rpartition("</think>")
+    return (thought.rpartition("<think>")[2].strip(), said) if closed else ("", content)
+
+
 def notes(
     layout: Layout,
     answers: Sequence[Answer],
@@ -75,8 +96,7 @@ def notes(
         i, message = answer.message, messages[answer.message]
         # Reasoning before the last question is dropped by many templates, as it is when the model is served.
         if wanted[i] and i > asked:
-            thought, closed, _ = (message.get("content") or "").rpartition("</think>")
-            thought = thought.rpartition("<think>")[2].strip() if closed else ""
+            thought, _ = _inline_reasoning(message)
             lost = message.get("reasoning_content") and i not in reasoned
             if lost or thought not in layout.text[answer.begin : answer.end]:
                 found.append("the chat template does not render the reasoning of the last answer")

@@ -202,6 +202,8 @@ class ChatEncoder:
             trained = [not covered for covered in masks.covered(offsets, sorted(unwanted))]
         else:
             kept = [answer for answer in answers if wanted[answer.message]]
+            for answer in kept:
+                complete.check_said(layout, answer, messages[answer.message])
             spans = [(answer.begin, answer.end) for answer in kept]
             if self._learn(tools).marked:
                 spans = masks.within(kept, self._native_spans(messages, tools))

@@ -42,6 +42,7 @@ class TokenStore:
         schemas: how many rows of each form were read.
         skipped: the messages of rows left out as bad, at most `LISTED`.
         bad: how many were left out.
+        notes: in how many rows the chat template left something out by its own rules, by what.
         file: where the rows came from.
         digest: hash of all ids and masks.
     """
@@ -55,6 +56,7 @@ class TokenStore:
     schemas: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     bad: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
     digest: str = ""
 
     def __len__(self) -> int:
@@ -135,6 +137,7 @@ def encode_file(
 def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callable[[int], None]) -> None:
     offsets, lines, prompts = [0], [], []
     schemas: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     skipped: list[str] = []
     bad = 0
     digest = hashlib.sha256()
@@ -148,8 +151,9 @@ def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callabl
                 if len(skipped) < LISTED:
                     skipped.append(str(result).partition("\n")[0])
                 continue
-            schema, line, ids, trained, prompt = result
+            schema, line, ids, trained, prompt, said = result
             schemas[schema] += 1
+            notes.update(said)
             ids_out.append(ids)
             trained_out.append(trained)
             offsets.append(offsets[-1] + len(ids))
@@ -159,7 +163,8 @@ def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callabl
     np.save(work / "offsets.npy", np.array(offsets, np.int64))
     np.save(work / "lines.npy", np.array(lines, np.int64))
     np.save(work / "prompts.npy", np.array(prompts, np.uint64))
-    meta = {"schemas": dict(schemas), "skipped": skipped, "bad": bad, "digest": digest.hexdigest()}
+    counts = {"schemas": dict(schemas), "skipped": skipped, "bad": bad, "notes": dict(notes)}
+    meta = counts | {"digest": digest.hexdigest()}
     (work / "meta.json").write_text(json.dumps(meta))
 
 
@@ -189,7 +194,7 @@ class _Growing:
 
 
 def _results(rows: Iterable[Any], encode: Callable[[Any], tuple[Any, ...]], workers: int) -> Iterator[Any]:
-    """Each row's `(schema, line, ids, trained, hash of the prompt)` or its DataError, in order."""
+    """Each row's `(schema, line, ids, trained, hash of the prompt, notes)` or its DataError, in order."""
     if workers <= 1:
         for row in rows:
             yield _encode_one(encode, row)
@@ -239,7 +244,7 @@ def _encode_one(encode: Callable[[Any], tuple[Any, ...]], row: Any) -> Any:
     ids = np.array(encoded.ids, np.int32)
     content = prompt[0].encode("utf-8", "surrogatepass") if prompt else ids.tobytes()
     key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    return schema, row.line, ids, trained, key
+    return schema, row.line, ids, trained, key, encoded.notes
 
 
 def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:

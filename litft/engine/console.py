@@ -108,6 +108,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(
             "       no rows held out: no validation, and final/ holds the last step (--data.val FILE names some)"
         )
+    lines += [f"       note: {note} ({count} rows)" for note, count in plan["notes"].items()]
     if plan.get("cannot_pack"):
         lines.append(f"       rows are padded, not packed: {plan['cannot_pack']}")
     epochs = f"{plan['epochs']:g} epoch" + "s" * (plan["epochs"] != 1)

@@ -17,6 +17,7 @@ from litft import SFT, ChatData, DataError, Full, UserError
 from litft.data import tokens
 from litft.data.files import read_rows
 from litft.data.tokens import encode_file, open_store
+from litft.engine.console import plan_lines
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +126,11 @@ def encode(row: Any) -> Any:
     if "bad" in text:
         raise DataError("is bad", file=row.file, line=row.line, mend="make it good")
     ids = [ord(c) % 384 for c in text]
-    return "messages", SimpleNamespace(ids=ids, trained=[True] * len(ids)), row.value["messages"][0]["content"]
+    return (
+        "messages",
+        SimpleNamespace(ids=ids, trained=[True] * len(ids), notes=()),
+        row.value["messages"][0]["content"],
+    )
 
 
 def store_of(folder: Path, file: Path, workers: int = 1, skip: bool = False, encode: Any = encode) -> tokens.TokenStore:
@@ -229,6 +234,20 @@ def test_trained_counts_over_many_blocks(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(tokens, "ROWS_AT_ONCE", block)
         for cut in (None, 1, 9, 10**6):
             assert store.trained_counts(cut).tolist() == [int(store.row(i, cut)[1].sum()) for i in range(100)]
+
+
+def test_what_the_template_leaves_out_is_counted_and_said(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    late = chat_rows(30)
+    for row in late[:5]:
+        row["messages"][-1]["reasoning_content"] = "because"
+    val = write_jsonl(tmp_path / "val.jsonl", late)
+    note = "the chat template does not render the reasoning of the last answer"
+    for train, options, count in ((val, {}, 5), (rows, {"val": str(val)}, 5), (val, {"val": str(val)}, 10)):
+        for _ in range(2):  # encoded, and from the cache
+            summary = prepared(tiny_llama, train, **options).summary()
+            assert summary["notes"] == {note: count}
+        assert sum(f"note: {note} ({count} rows)" in line for line in plan_lines(summary)) == 1
+    assert prepared(tiny_llama, rows).summary()["notes"] == {}
 
 
 # ---- b4, b7: the length limit

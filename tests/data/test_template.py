@@ -537,6 +537,24 @@ def test_lost_reasoning_is_said() -> None:
     assert encoder(CHATML)(inline).notes == ()
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [assistant(" ", reasoning_content="Because."), assistant("<think>\nBecause.\n</think>\n\n")],
+    ids=["beside", "inside"],
+)
+def test_an_answer_of_nothing_but_lost_reasoning_is_refused(answer: dict[str, Any]) -> None:
+    name = "llama3" if "reasoning_content" in answer else "deepseek_r1_distill"
+    with pytest.raises(DataError, match="assistant message 2 is empty but for reasoning"):
+        encoder(stock(name))(chat(user("Hi?"), answer))
+    earlier = chat(user("Hi?"), answer, user("More?"), assistant("Two."))  # whose reasoning Qwen3 leaves out
+    with pytest.raises(DataError, match=r"assistant message 2 is empty but for reasoning|rewrites the text"):
+        encoder(stock("qwen3"))(earlier)
+    if "reasoning_content" in answer:
+        earlier.train[1] = False
+        assert trained(encoder(stock("qwen3"))(earlier)).endswith("Two.<|im_end|>")
+        assert "Because." in trained(encoder(stock("qwen3"))(chat(user("Hi?"), answer)))
+
+
 def test_text_rows_are_trained_whole_and_end() -> None:
     encoded = encoder(CHATML)(Conversation(text="the answer is 42"))
     ids = tokenizer()("the answer is 42")["input_ids"]
