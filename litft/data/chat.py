@@ -20,7 +20,7 @@ from litft.data.batch import Batch
 from litft.data.conversation import Conversation
 from litft.data.files import Row, read_rows
 from litft.data.loader import StepLoader, Steps, make_batch
-from litft.data.plan import Plan, default_tokens_per_step, lay_out
+from litft.data.plan import Plan, default_tokens_per_step, epoch_order, lay_out, run_counts
 from litft.data.rows import schema_of, to_conversation
 from litft.data.selection import Selection, select, split_validation
 from litft.data.template import ChatEncoder, find_template, missing_tokens
@@ -52,8 +52,8 @@ class ChatData(LightningDataModule):
         chat_template: a Jinja file, or `chatml`, for a tokenizer that has no template or another one.
         allow_special_tokens: text of users, tools and the system that spells a control token becomes that token.
         tokens_per_batch: budget of one micro-batch on one rank; 4096 by default, or the longest row.
-        tokens_per_step: budget of one optimizer step over all ranks; 16384 by default, less where the run would have
-            fewer than 50 steps.
+        tokens_per_step: budget of one optimizer step over all ranks; 16384 by default, less where epochs of few rows
+            would make fewer than 50 steps (with `max_steps` alone: at most an epoch).
         seed: of the order of rows; that of the run by default.
         num_workers: processes that make batches; none on a CPU, 2 beside a GPU by default.
         revision: of data sets on the hub.
@@ -173,9 +173,8 @@ class ChatData(LightningDataModule):
             )
         weights = self.weights or [1.0] * len(train)
         if self.tokens_per_step is None:
-            epochs = max_epochs if max_epochs not in (None, -1) else 1
-            per_epoch = float((chosen.lengths * np.array(weights)[chosen.file_of_row]).sum())
-            self.tokens_per_step = default_tokens_per_step(int(per_epoch * (epochs or 1)))
+            order = epoch_order(chosen.file_of_row, weights, self.run_seed, 0)
+            self.tokens_per_step = default_tokens_per_step(order, chosen.lengths, max_epochs, max_steps)
         self.plan = Plan(
             chosen.lengths,
             chosen.trained,
@@ -256,24 +255,26 @@ class ChatData(LightningDataModule):
         return found
 
     def summary(self) -> dict[str, Any]:
-        """The plan in numbers: what is read, left out, trained on and in how many steps."""
-        plan, chosen = self._planned(), self.selection
+        """The plan in numbers: what is read, left out, trained on and in how many steps.
+
+        `row_tokens` are those of all rows once, `tokens` those that the run reads.
+        """
+        plan, chosen, val = self._planned(), self.selection, self.val_selections
         last_epoch, last_index = plan.locate(self.total_steps - 1)
-        steps = [(e, i) for e in range(last_epoch + 1) for i in range(len(plan.steps(e)))][: self.total_steps]
-        rows = [plan.steps(e)[i] for e, i in steps]
-        packs = sum(len(share) for e, i in steps for share in plan.layout(e, i))
         return {
             "rows": len(chosen),
             "rows_read": sum(len(store) + store.bad for store in chosen.stores),
+            "row_tokens": int(chosen.lengths.sum()),
+            "row_trained_tokens": int(chosen.trained.sum()),
             "schemas": dict(sum((Counter(store.schemas) for store in chosen.stores), Counter())),
             "dropped": chosen.dropped,
+            "truncated": chosen.truncated,
             "skipped": [line for store in self._all_stores() for line in store.skipped],
             "notes": dict(sum((Counter(store.notes) for store in self._all_stores()), Counter())),
-            "truncated": chosen.truncated,
-            "val_rows": {name: len(s) for name, s in self.val_selections.items()},
-            "tokens": int(sum(chosen.lengths[r].sum() for r in rows)),
-            "trained_tokens": int(sum(chosen.trained[r].sum() for r in rows)),
-            "packs": packs,
+            "val_rows": {name: len(s) for name, s in val.items()},
+            "val_dropped": {name: s.dropped for name, s in val.items() if s.dropped},
+            "val_truncated": {name: s.truncated for name, s in val.items() if s.truncated},
+            **run_counts(plan, self.total_steps),
             "steps": self.total_steps,
             "epochs": round(last_epoch + (last_index + 1) / len(plan.steps(last_epoch)), 4),
             "tokens_per_step": plan.tokens_per_step,

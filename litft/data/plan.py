@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 LOOKAHEAD = 256  # rows looked through for one that fills a step's last gap
+WANTED_TOKENS, MIN_STEPS = 16384, 50  # of a step by default, and of a run where it has the rows for them
+COUNTED, SAMPLED = 1000, 200  # steps up to which all packs are counted, and those they are estimated from beyond
 ATTENTION_SHARE = 1 / 4096  # cost of attending over a document of n tokens, in units of n dense tokens: n * this
 
 
@@ -225,6 +227,7 @@ class Plan:
     def __post_init__(self) -> None:
         self._epochs: dict[int, list[np.ndarray]] = {}
         self._first_steps = [0]
+        self._longest_steps: dict[int, int] = {}
 
     def steps(self, epoch: int) -> list[np.ndarray]:
         """The rows of each optimizer step of an epoch (0-based)."""
@@ -232,8 +235,15 @@ class Plan:
             order = epoch_order(self.file_of_row, self.weights, self.seed, epoch)
             while len(self._epochs) >= 4:  # a long run doesn't keep all of its epochs
                 self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = step_rows(order, self.lengths, self.tokens_per_step)
+            steps = self._epochs[epoch] = step_rows(order, self.lengths, self.tokens_per_step)
+            self._longest_steps[epoch] = _longest(steps, self.lengths) if steps else 0
         return self._epochs[epoch]
+
+    def longest_step(self, epoch: int) -> int:
+        """Tokens of the longest optimizer step of an epoch."""
+        if epoch not in self._longest_steps:
+            self.steps(epoch)
+        return self._longest_steps[epoch]
 
     def first_step(self, epoch: int) -> int:
         """The number of optimizer steps before an epoch."""
@@ -275,12 +285,70 @@ class Plan:
         return int(self.trained[rows].sum())
 
 
-def default_tokens_per_step(total_tokens: int, wanted: int = 16384, min_steps: int = 50) -> int:
-    """The default budget of a step: `wanted`, shrunk until the run has at least `min_steps` steps.
+def run_counts(plan: Plan, total_steps: int) -> dict[str, int | bool]:
+    """What a run of so many steps amounts to.
+
+    Returns:
+        `tokens` and `trained_tokens` that it reads; `longest_step` in tokens; `packs`, the micro-batches of all ranks,
+        laid out and counted up to `COUNTED` steps (`packs_exact`), beyond that estimated from some steps of one epoch.
+    """
+    last, index = plan.locate(total_steps - 1)
+    final = plan.steps(last)[: index + 1]
+    orders = [epoch_order(plan.file_of_row, plan.weights, plan.seed, epoch) for epoch in range(last)]
+    rows = [*orders, np.concatenate(final)]
+    exact = total_steps <= COUNTED
+    if exact:
+        some = [(e, i) for e in range(last) for i in range(len(plan.steps(e)))] + [(last, i) for i in range(index + 1)]
+    else:
+        some = [(0, int(i)) for i in np.unique(np.linspace(0, len(plan.steps(0)) - 1, SAMPLED).astype(int))]
+    packs = sum(len(share) for e, i in some for share in plan.layout(e, i))
+    return {
+        "tokens": int(sum(plan.lengths[used].sum() for used in rows)),
+        "trained_tokens": int(sum(plan.trained[used].sum() for used in rows)),
+        "longest_step": max([plan.longest_step(epoch) for epoch in range(last)] + [_longest(final, plan.lengths)]),
+        "packs": packs if exact else round(packs / len(some) * total_steps),
+        "packs_exact": exact,
+    }
+
+
+def _longest(steps: Sequence[np.ndarray], lengths: np.ndarray) -> int:
+    """Tokens of the longest step."""
+    starts = np.cumsum([0, *map(len, steps[:-1])])
+    return int(np.add.reduceat(lengths[np.concatenate(steps)], starts).max())
+
+
+def default_tokens_per_step(
+    order: np.ndarray, lengths: np.ndarray, max_epochs: int | None = None, max_steps: int | None = None
+) -> int:
+    """The default budget of a step: `WANTED_TOKENS`, less where few data would make a run of few steps.
+
+    A run of so many epochs has at least `MIN_STEPS` steps, or `max_steps` where those are fewer, or as many as it has
+    rows: the budget shrinks until it does. A run of `max_steps` alone has its steps anyway, and repeats the data as
+    often as they need: there a step is no smaller than usual, but at most an epoch.
 
     Args:
-        total_tokens: tokens over all epochs of the run.
-        wanted: budget where there are data enough.
-        min_steps: steps that a run should have where it has the rows for them.
+        order: row indices of the first epoch.
+        lengths: tokens of each row (of all rows, indexed by `order`'s values).
+        max_epochs: epochs of the run; None or -1 is no limit.
+        max_steps: optimizer steps of the run; likewise. One epoch where neither is given.
     """
-    return int(max(1, min(wanted, total_tokens // min_steps)))
+    epochs = None if max_epochs in (None, -1) else max_epochs
+    steps = None if max_steps in (None, -1) else max_steps
+    if epochs is None:
+        epochs = 1 if steps is None else MIN_STEPS
+    wanted = min(MIN_STEPS, steps or MIN_STEPS)
+    an_epoch = min(len(order), -(-wanted // max(1, epochs)))  # steps that it has to have
+    if not an_epoch:
+        return WANTED_TOKENS
+    size = lengths[order]
+    if int(size.sum()) > an_epoch * max(WANTED_TOKENS, int(size.max())):
+        return WANTED_TOKENS
+    enough, most = 1, min(WANTED_TOKENS, max(1, int(size.sum()) // an_epoch))
+    budget = most
+    while enough < most:  # rows are not split, so a step may hold less than its budget and another one more
+        if len(step_rows(order, lengths, budget)) >= an_epoch:
+            enough = budget
+        else:
+            most = budget - 1
+        budget = (enough + most + 1) // 2
+    return enough

@@ -14,6 +14,7 @@ from litft.errors import DataError, UserError
 
 MAX_HELD_OUT = 200  # rows; more cost time at every validation and tell little more
 MIN_ROWS_TO_SPLIT = 20
+BAD_ROWS = "bad rows skipped"
 
 
 @dataclass
@@ -27,8 +28,8 @@ class Selection:
         lengths: tokens of each row, after cutting.
         trained: trained tokens of each row, after cutting.
         max_length: where rows are cut.
-        dropped: how many rows were left out, by reason.
-        truncated: how many were cut.
+        cut: which rows were, bool [rows].
+        dropped: how many rows of the files were left out, by reason.
     """
 
     stores: list[TokenStore]
@@ -37,11 +38,16 @@ class Selection:
     lengths: np.ndarray
     trained: np.ndarray
     max_length: int
+    cut: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def truncated(self) -> int:
+        """How many rows were cut."""
+        return int(self.cut.sum())
 
     def read(self, row: int) -> Document:
         """Ids and mask of a row."""
@@ -61,7 +67,7 @@ class Selection:
         return out
 
     def take(self, keep: np.ndarray) -> Selection:
-        """The rows where `keep` (bool or indices)."""
+        """The rows where `keep` (bool or indices); what was left out before is not counted again."""
         return Selection(
             self.stores,
             self.file_of_row[keep],
@@ -69,8 +75,7 @@ class Selection:
             self.lengths[keep],
             self.trained[keep],
             self.max_length,
-            self.dropped,
-            self.truncated,
+            self.cut[keep],
         )
 
 
@@ -112,11 +117,10 @@ def select(
     nothing = keep & (trained == 0)
     dropped["nothing to train on within the limit"] = int(nothing.sum())
     keep &= ~nothing
-    dropped["bad rows skipped"] = sum(store.bad for store in stores)
-    everything = Selection(stores, file_of_row, row_of_file, lengths, trained, max_length)
+    dropped[BAD_ROWS] = sum(store.bad for store in stores)
+    everything = Selection(stores, file_of_row, row_of_file, lengths, trained, max_length, over)
     chosen = everything.take(keep)
     chosen.dropped = {reason: count for reason, count in dropped.items() if count}
-    chosen.truncated = int((over & keep).sum())
     if not len(chosen):
         reasons = ", ".join(f"{count} {reason}" for reason, count in chosen.dropped.items())
         files = ", ".join(store.file for store in stores)
@@ -136,7 +140,7 @@ def split_validation(rows: Selection, fraction: float) -> tuple[Selection, Selec
         fraction: share to hold out; at most `MAX_HELD_OUT` rows, none where there are fewer than `MIN_ROWS_TO_SPLIT`.
 
     Returns:
-        The rows to train on, and those held out.
+        The rows to train on, which go on counting what the files' rows lost before, and those held out.
     """
     wanted = min(MAX_HELD_OUT, round(len(rows) * fraction))
     if len(rows) < MIN_ROWS_TO_SPLIT or not wanted:
@@ -158,4 +162,6 @@ def split_validation(rows: Selection, fraction: float) -> tuple[Selection, Selec
     out = np.isin(prompts, unique[held])
     if out.all() or not out.any():
         return rows, rows.take(np.zeros(len(rows), bool))
-    return rows.take(~out), rows.take(out)
+    kept = rows.take(~out)
+    kept.dropped = rows.dropped
+    return kept, rows.take(out)

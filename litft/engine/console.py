@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from litft.data.selection import BAD_ROWS
 from litft.engine.metrics import eta
 
+LISTED = 5  # skipped rows; run.json has more
 QUIET_S = 2.0  # a line at most this often, except for validation, the first and the last step
 
 
@@ -96,14 +98,14 @@ def _write(line: str) -> None:
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """The plan (of `ChatData.summary` and the model's counts) as a person reads it."""
-    rows, dropped = plan["rows"], plan["dropped"]
-    lines = [f"data   {rows} rows to train on ({plan['tokens']:,} tokens, {plan['trained_tokens']:,} trained)"]
-    for reason, count in dropped.items():
-        lines.append(f"       {count} rows left out: {reason}")
-    if plan["truncated"]:
-        lines.append(f"       {plan['truncated']} rows cut at {plan['max_length']} tokens")
+    counts = f"{plan['row_tokens']:,} tokens, {plan['row_trained_tokens']:,} trained"
+    lines = [f"data   {plan['rows']} rows to train on ({counts})"]
+    lines += _lost(plan["dropped"], plan["truncated"], plan["max_length"])
     for name, count in plan["val_rows"].items():
         lines.append(f"       {count} rows held out ({name})")
+        lost = plan["val_dropped"].get(name, {}), plan["val_truncated"].get(name, 0)
+        lines += _lost(*lost, plan["max_length"], f" ({name})")
+    lines += _skipped(plan)
     if not plan["val_rows"]:
         lines.append(
             "       no rows held out: no validation, and final/ holds the last step (--data.val FILE names some)"
@@ -113,8 +115,10 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"       rows are padded, not packed: {plan['cannot_pack']}")
     epochs = f"{plan['epochs']:g} epoch" + "s" * (plan["epochs"] != 1)
     lines.append(
-        f"plan   {plan['steps']} steps of up to {plan['tokens_per_step']:,} tokens, {epochs}; "
-        f"{plan['packs']:,} micro-batches of up to {plan['tokens_per_batch']:,}"
+        f"plan   {plan['steps']} steps of up to {plan['longest_step']:,} tokens, {epochs} "
+        f"({plan['tokens']:,} tokens, {plan['trained_tokens']:,} trained); "
+        f"{'' if plan['packs_exact'] else 'about '}{plan['packs']:,} micro-batches of up to "
+        f"{plan['tokens_per_batch']:,}"
     )
     if "trainable" in plan:
         share = plan["trainable"] / max(plan["parameters"], 1)
@@ -122,3 +126,15 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             f"model  {plan['model']}: {plan['trainable']:,} of {plan['parameters']:,} weights learn ({share:.2%})"
         )
     return lines
+
+
+def _lost(dropped: dict[str, int], truncated: int, max_length: int, where: str = "") -> list[str]:
+    lines = [f"       {count} rows left out{where}: {reason}" for reason, count in dropped.items()]
+    return lines + ([f"       {truncated} rows cut at {max_length} tokens{where}"] if truncated else [])
+
+
+def _skipped(plan: dict[str, Any]) -> list[str]:
+    """The first of the bad rows, each by file and line."""
+    bad = sum(dropped.get(BAD_ROWS, 0) for dropped in (plan["dropped"], *plan["val_dropped"].values()))
+    lines = [f"       skipped {line}" for line in plan["skipped"][:LISTED]]
+    return lines + ([f"       and {bad - len(lines)} more (run.json)"] if bad > len(lines) else [])

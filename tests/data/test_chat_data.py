@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,12 @@ def test_what_the_template_leaves_out_is_counted_and_said(tiny_llama: Path, rows
         row["messages"][-1]["reasoning_content"] = "because"
     val = write_jsonl(tmp_path / "val.jsonl", late)
     note = "the chat template does not render the reasoning of the last answer"
-    for train, options, count in ((val, {}, 5), (rows, {"val": str(val)}, 5), (val, {"val": str(val)}, 10)):
+    cases: list[tuple[Path, dict[str, Any], int]] = [
+        (val, {}, 5),
+        (rows, {"val": str(val)}, 5),
+        (val, {"val": str(val)}, 10),
+    ]
+    for train, options, count in cases:
         for _ in range(2):  # encoded, and from the cache
             summary = prepared(tiny_llama, train, **options).summary()
             assert summary["notes"] == {note: count}
@@ -279,6 +285,70 @@ def test_b4_b7_truncation_keeps_what_is_left_of_the_answer(tiny_llama: Path, tmp
     (step,) = data.train_dataloader(0, 0) if len(data.plan.steps(0)) == 1 else [None]
     if step is not None:
         assert step["trained"] == sum(batch["trained"] for batch in step["micro_batches"])
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_c2_kept_and_lost_tokens_are_all_tokens(overlong: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """A document over the limit is dropped whole, or loses its tail: no piece of it begins a row of its own."""
+    file = long_and_short(tmp_path)
+    data = prepared(tiny_llama, file, max_length=64, overlong=overlong, tokens_per_step=80, tokens_per_batch=80)
+    template = tiny_tokenizer().apply_chat_template
+    rows = [template(row.value["messages"], return_dict=True)["input_ids"] for row in read_rows(str(file))]
+    whole = {f"{file}:{line}": ids for line, ids in enumerate(rows, start=1)}
+    kept = {data.selection.name(i): data.selection.read(i)[0].tolist() for i in range(len(data.selection))}
+    assert all(ids == whole[name][: len(ids)] for name, ids in kept.items())
+    left_out = sum(len(ids) for name, ids in whole.items() if name not in kept)
+    tails = sum(len(whole[name]) - len(ids) for name, ids in kept.items())
+    assert tails == 0 or overlong == "truncate"
+    assert data.summary()["tokens"] + left_out + tails == sum(map(len, rows))
+    assert sum(data.selection.dropped.values()) + len(kept) == 3
+    steps = list(data.train_dataloader(0, 0))
+    documents = [
+        batch["input_ids"][0, a:b].tolist()
+        for step in steps
+        for batch in step["micro_batches"]
+        for a, b in pairwise(batch["document_bounds"])
+    ]
+    assert sorted(documents) == sorted(kept.values())
+
+
+def test_what_validation_loses_is_counted_for_each_set(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    bad = {"messages": [{"role": "user", "content": "no answer"}]}
+    hard = write_jsonl(tmp_path / "hard.jsonl", [bad, *map(dict, chat_rows(5)), bad])
+    val = {"easy": str(write_jsonl(tmp_path / "easy.jsonl", chat_rows(4))), "hard": str(hard)}
+    long = str(long_and_short(tmp_path))
+    data = prepared(tiny_llama, rows, val=val | {"long": long}, bad_rows="skip", max_length=200)
+    summary = data.summary()
+    assert summary["val_rows"] == {"easy": 4, "hard": 5, "long": 2} and summary["dropped"] == {}
+    assert summary["val_dropped"] == {"hard": {"bad rows skipped": 2}, "long": {"longer than 200 tokens": 1}}
+    text = "\n".join(plan_lines(summary))
+    assert "2 rows left out (hard): bad rows skipped" in text and "1 rows left out (long): longer than 200" in text
+    assert "skipped" in text and f"{hard}:1: " in text and f"{hard}:7: " in text and "more (run.json)" not in text
+    data = prepared(tiny_llama, rows, val={"long": long}, max_length=140, overlong="truncate")
+    assert data.summary()["val_truncated"] == {"long": 1}
+    assert "1 rows cut at 140 tokens (long)" in "\n".join(plan_lines(data.summary()))
+
+
+def test_the_split_counts_every_lost_row_once(tiny_llama: Path, tmp_path: Path) -> None:
+    bad = [{"messages": [{"role": "user", "content": "no answer"}]}] * 8
+    file = write_jsonl(tmp_path / "rows.jsonl", bad + chat_rows(60))
+    data = prepared(tiny_llama, file, val_fraction=0.3, bad_rows="skip", max_length=60, overlong="truncate")
+    whole = prepared(tiny_llama, file, val_fraction=0.0, bad_rows="skip", max_length=60, overlong="truncate")
+    summary, held = data.summary(), data.val_selections["val"]
+    assert whole.selection.truncated == summary["truncated"] + summary["val_truncated"]["val"] > summary["truncated"]
+    assert held.truncated == int((whole.selection.lengths == 60).sum()) - int((data.selection.lengths == 60).sum())
+    assert summary["val_dropped"] == {} and summary["dropped"]["bad rows skipped"] == 8
+    assert summary["rows"] + len(held) + sum(summary["dropped"].values()) == summary["rows_read"] == 68
+    lines = plan_lines(summary)
+    assert sum(f"skipped {file}:" in line for line in lines) == 5 and "       and 3 more (run.json)" in lines
+
+
+def test_the_plan_says_the_rows_tokens_and_the_runs(tiny_llama: Path, rows: Path) -> None:
+    data = prepared(tiny_llama, rows, max_epochs=3, val_fraction=0.0, tokens_per_step=50)
+    total, longest = int(data.selection.lengths.sum()), int(data.selection.lengths.max())
+    first, plan = (next(s for s in plan_lines(data.summary()) if s.startswith(word)) for word in ("data", "plan"))
+    assert f"60 rows to train on ({total:,} tokens, " in first
+    assert longest > 50 and f"steps of up to {longest:,} tokens, 3 epochs ({3 * total:,} tokens, " in plan
 
 
 def test_b4_all_rows_dropped_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:

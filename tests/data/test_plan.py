@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litft.data.plan import Plan, cost, default_tokens_per_step, epoch_order, lay_out, pack, step_rows
+from litft.data.plan import Plan, cost, default_tokens_per_step, epoch_order, lay_out, pack, run_counts, step_rows
 
 lengths = st.lists(st.integers(1, 120), min_size=1, max_size=60).map(np.array)
 quick = settings(max_examples=60, deadline=None)
@@ -138,10 +138,12 @@ def test_c6_packing_works_at_every_length(capacity: int) -> None:
 
 def test_c2_nothing_is_cut_or_left_over() -> None:
     sizes = np.array([13, 11, 3])
-    plan = plan_of(sizes, tokens_per_step=15, tokens_per_batch=13)
-    laid = [p.tolist() for i in range(len(plan.steps(0))) for share in plan.layout(0, i) for p in share]
-    assert sorted(row for p in laid for row in p) == [0, 1, 2]
-    assert all(sizes[p].sum() <= 13 for p in laid)
+    for budget in (15, 5):  # of a step; under 5 each document is over the budget, and a step of its own
+        plan = plan_of(sizes, tokens_per_step=budget, tokens_per_batch=13)
+        laid = [p.tolist() for i in range(len(plan.steps(0))) for share in plan.layout(0, i) for p in share]
+        assert sorted(row for p in laid for row in p) == [0, 1, 2]
+        assert all(sizes[p].sum() <= 13 for p in laid)
+        assert run_counts(plan, len(plan.steps(0)))["tokens"] == 27
 
 
 def test_ranks_are_balanced_by_the_cost_of_attention() -> None:
@@ -200,13 +202,70 @@ def test_weights_that_use_no_row_make_no_steps() -> None:
     assert plan.total_steps(None, 5) == plan.total_steps(3, None) == plan.total_steps(None, None) == 0
 
 
-def test_default_step_budget() -> None:
-    assert default_tokens_per_step(10**7) == 16384
-    assert default_tokens_per_step(100_000) == 2000
-    assert default_tokens_per_step(10) == 1
-    sizes = np.random.default_rng(0).integers(20, 200, 400)
-    for total, budget in [(int(sizes.sum()), default_tokens_per_step(int(sizes.sum())))]:
-        assert len(plan_of(sizes, tokens_per_step=budget).steps(0)) >= 50, total
+def test_default_step_budget_for_much_data_and_little() -> None:
+    much, little = np.full(5000, 400), np.full(10, 400)
+    assert default_tokens_per_step(np.arange(5000), much) == 16384
+    assert default_tokens_per_step(np.arange(10), little) == 400  # a step a row: there are no more
+    assert default_tokens_per_step(np.arange(10), little, max_epochs=25) == 5 * 400  # 2 steps an epoch
+    assert default_tokens_per_step(np.arange(10), little, max_epochs=200) == 10 * 400
+    assert default_tokens_per_step(np.arange(10), little, max_epochs=1, max_steps=2) == 5 * 400
+
+
+@pytest.mark.parametrize("max_steps", [1, 10, 49, 50, 1000])
+def test_max_steps_alone_takes_steps_of_the_usual_size(max_steps: int) -> None:
+    few = np.full(60, 100)
+    assert default_tokens_per_step(np.arange(60), few, -1, max_steps) == 6000  # a whole epoch, not a row
+    assert default_tokens_per_step(np.arange(600), np.full(600, 100), -1, max_steps) == 16384
+
+
+@quick
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=120).map(np.array), st.integers(1, 60))
+def test_a_run_has_50_steps_where_it_has_the_rows(sizes: np.ndarray, epochs: int) -> None:
+    order = epoch_order(np.zeros(len(sizes), int), [1.0], 3, 0)
+    budget = default_tokens_per_step(order, sizes, epochs)
+    steps = len(step_rows(order, sizes, budget))
+    assert steps >= min(len(sizes), -(-50 // epochs))
+    assert steps * epochs >= min(50, len(sizes) * epochs)
+
+
+# ---- what the run amounts to
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.5]])
+@pytest.mark.parametrize("total", [1, 30, 77])
+def test_counts_of_a_run_are_those_of_its_steps(weights: list[float], total: int) -> None:
+    sizes = np.random.default_rng(4).integers(5, 140, 80)
+    plan = plan_of(sizes, weights=weights, ranks=2)
+    steps = [(e, i) for e in range(20) for i in range(len(plan.steps(e)))][:total]
+    rows = [plan.steps(e)[i] for e, i in steps]
+    counts = run_counts(plan_of(sizes, weights=weights, ranks=2), total)
+    assert counts == {
+        "tokens": sum(sizes[r].sum() for r in rows),
+        "trained_tokens": sum(plan.trained[r].sum() for r in rows),
+        "longest_step": max(sizes[r].sum() for r in rows),
+        "packs": sum(len(share) for e, i in steps for share in plan.layout(e, i)),
+        "packs_exact": True,
+    }
+
+
+def test_a_step_of_one_long_row_is_the_longest() -> None:
+    assert (
+        run_counts(plan_of(np.array([10, 500, 20]), tokens_per_step=30, tokens_per_batch=512), 2)["longest_step"] == 500
+    )
+
+
+def test_packs_of_a_long_run_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from litft.data import plan as module
+
+    sizes = np.random.default_rng(4).integers(5, 140, 3000)
+    exact = run_counts(plan_of(sizes), 1500)
+    monkeypatch.setattr(module, "COUNTED", 10**9)
+    counted = run_counts(plan_of(sizes), 1500)
+    assert not exact["packs_exact"] and counted["packs_exact"]
+    assert abs(exact["packs"] - counted["packs"]) < 0.05 * counted["packs"]
+    assert {k: v for k, v in exact.items() if "packs" not in k} == {
+        k: v for k, v in counted.items() if "packs" not in k
+    }
 
 
 def test_a_large_plan_is_quick() -> None:
@@ -218,5 +277,8 @@ def test_a_large_plan_is_quick() -> None:
     steps = len(plan.steps(0))
     for index in range(0, steps, steps // 50):
         plan.layout(0, index)
+    planned = time.process_time()
+    assert not run_counts(plan, steps)["packs_exact"]
+    assert time.process_time() - planned < 2
     assert time.process_time() - start < 20
     assert all(a < b for a, b in pairwise([plan.first_step(e) for e in range(2)]))
