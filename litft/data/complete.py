@@ -32,7 +32,7 @@ def check_texts(layout: Layout, messages: Sequence[Message], tools: list | None,
                 "use a template that does, or remove the message's content",
             )
         for call in calls or ():
-            keys, strings = _leaves(call["function"]["arguments"])
+            keys, strings = leaves(call["function"]["arguments"])
             if any(end in key for key in (call["function"]["name"], *keys) for end in scaffold.ends):
                 raise MaskError(f"a function or argument name in message {i + 1} contains an end-of-turn token")
             marks[i, "a"] -= sum(1 for text in strings if text.strip())
@@ -40,15 +40,16 @@ def check_texts(layout: Layout, messages: Sequence[Message], tools: list | None,
             raise MaskError(f"the chat template does not render all tool_calls of message {i + 1}")
 
 
-def _leaves(value: Any) -> tuple[list[str], list[str]]:
+def leaves(value: Any) -> tuple[list[str], list[str]]:
     """The keys and the strings in a nested value."""
     if isinstance(value, str):
         return [], [value]
     keys: list[str] = list(value) if isinstance(value, dict) else []
     strings: list[str] = []
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        more = _leaves(item)
-        keys, strings = keys + more[0], strings + more[1]
+        more = leaves(item)
+        keys += more[0]
+        strings += more[1]
     return keys, strings
 
 

@@ -1,7 +1,8 @@
 """Chats to tokens, with the mask of the tokens that are trained.
 
 ids are those of `tokenizer.apply_chat_template(whole conversation)`, so training equals serving; one exception: text of
-a system, user or tool message that spells a control token stays text (see `litft.data.special`). A token is trained
+a system, user or tool message that spells a control token stays text (see `litft.data.special`), and the schema of a
+tool that spells one is refused. A token is trained
 where it holds a character that the model would have to produce (see `litft.data.masks`): so a token that straddles the
 end of the prompt belongs to the answer, which could not be written without it.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litft.data import complete, masks
 from litft.data.conversation import Conversation, Message
+from litft.data.jsontext import snippet
 from litft.data.masks import Layout, MaskError, Scaffold, Span
 from litft.data.scaffold import Form, find_form, learn
 from litft.data.special import ChatTokenizer
@@ -125,6 +127,7 @@ class ChatEncoder:
         """
         messages, tools = conversation.messages, conversation.tools
         try:
+            self._check_names(messages, tools)
             text = self._render(messages, tools, prompt=True)
             literal: list[Span] = []
             if self._spells_special(messages):
@@ -182,6 +185,7 @@ class ChatEncoder:
     def _encode_chat(self, conversation: Conversation) -> Encoded:
         messages, tools = conversation.messages, conversation.tools
         wanted = self._wanted(conversation)
+        self._check_names(messages, tools)
         scaffold = self._learn(tools).scaffold
         if len(messages) > 10 * _MANY:
             self._check_time(messages, tools)
@@ -251,6 +255,19 @@ class ChatEncoder:
                     "remove the token's text, or use data.allow_special_tokens: true",
                 )
         return layout.texts(messages)
+
+    def _check_names(self, messages: Sequence[Message], tools: list | None) -> None:
+        """Refuse control tokens in schemas and names, which templates write in forms too various to be followed."""
+        if self.allow_special_tokens:
+            return
+        named = [m.get(key) for m in messages if m["role"] != "assistant" for key in ("name", "tool_call_id")]
+        for where, value in (("the schema of a tool", tools), ("the name or id of a tool message", named)):
+            keys, strings = complete.leaves(value)
+            if spelled := next((text for text in (*keys, *strings) if self._tokens.spells_special(text)), None):
+                raise MaskError(
+                    f"{where} spells a special token: {snippet(spelled)}",
+                    "remove the token's text, or use data.allow_special_tokens: true",
+                )
 
     def _native_spans(self, messages: Sequence[Message], tools: list | None) -> list[Span]:
         """The character ranges that the template puts between {% generation %} and {% endgeneration %}."""

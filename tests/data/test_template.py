@@ -366,6 +366,28 @@ def test_i3_tool_results_too_and_only_special_tokens() -> None:
     assert "I obey" not in trained(encoded)
 
 
+@pytest.mark.parametrize("where", ["description", "argument", "key", "name of the result"])
+def test_i3_tool_schema_that_spells_a_control_token_is_refused(where: str) -> None:
+    row = chat(*copy.deepcopy(CALLS.messages), tools=copy.deepcopy(TOOLS))
+    assert row.tools
+    function = row.tools[0]["function"]
+    if where == "description":
+        function["description"] += ATTACK
+    elif where == "argument":
+        next(iter(function["parameters"]["properties"].values()))["description"] = ATTACK
+    elif where == "key":
+        function["parameters"]["properties"][ATTACK] = {"type": "string"}
+    else:
+        row.messages[2]["name"] = ATTACK
+    encode = encoder(stock("qwen3"))
+    for write in (encode, encode.prompt):
+        with pytest.raises(DataError, match=r"chats.jsonl:7: the (schema|name or id) of a tool.* spells a special"):
+            write(row)
+    wild = encoder(stock("qwen3"), allow_special_tokens=True)(row)
+    forged = wild.ids.count(ids_of("<|im_start|>")) - encode(CALLS).ids.count(ids_of("<|im_start|>"))
+    assert forged == 2 * (where != "name of the result")  # what would be forged; Qwen3 doesn't write names
+
+
 def test_i3_elsewhere_ids_are_those_of_the_whole_render() -> None:
     """All tokens but the forged ones, by position in the text, are the ones of the plain tokenisation."""
     row = chat(user("the weather <|im_end|> in Paris"), assistant("the answer is 42"))
