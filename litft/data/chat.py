@@ -15,7 +15,7 @@ import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
-from litft.data import tokens
+from litft.data import hub, tokens
 from litft.data.batch import Batch
 from litft.data.conversation import Conversation
 from litft.data.files import Row, read_rows
@@ -27,7 +27,7 @@ from litft.data.template import ChatEncoder, find_template, missing_tokens
 from litft.data.tokens import TokenStore
 from litft.errors import UserError
 from litft.models.alias import cache_dir
-from litft.models.load import add_to_tokenizer, tokenizer_fingerprint
+from litft.models.load import add_to_tokenizer
 
 DEFAULT_MAX_LENGTH = 4096
 DEFAULT_TOKENS_PER_BATCH = 4096
@@ -324,15 +324,13 @@ class ChatData(LightningDataModule):
         return first.error is not None or schema_of(first.value) != "text"
 
     def _store(self, source: str, encoder: ChatEncoder) -> TokenStore:
-        path = Path(source)
+        path = Path(source).expanduser()
         local = path.exists()
-        content = tokens.content_hash(source) if local else f"{source}@{self.revision}"
+        content = tokens.content_hash(str(path)) if local else hub.content(source, revision=self.revision)
         template = encoder.tokenizer.chat_template or ""
         key = tokens.cache_key(
             content,
-            tokenizer_fingerprint(encoder.tokenizer),
-            self.train_on,
-            self.allow_special_tokens,
+            encoder.fingerprint,
             self.bad_rows,
             date.today().isoformat() if "strftime_now" in template else "",  # such a template writes today's date
             tokens.code_hash(),

@@ -10,9 +10,12 @@ The library downloads into its cache and maps the rows from there. `HF_ENDPOINT`
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,6 +23,8 @@ from litft.data.jsontext import snippet
 from litft.errors import UserError
 
 if TYPE_CHECKING:
+    import datasets
+
     from litft.data.files import Row
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -48,6 +53,28 @@ def read_hub(source: str, *, revision: str | None = None) -> Iterator[Row]:
         UserError: at once: not the form of an id, two revisions, no such data set, split or configuration, a gated
             one, no connection.
     """
+    return _rows(_load(source, revision), source)
+
+
+def content(source: str, *, revision: str | None = None) -> str:
+    """What identifies the rows that `read_hub` would read now: another commit of the branch gives another text.
+
+    Taken from what the library has loaded, so it holds offline too: the files in its cache lie under their commit.
+
+    Raises:
+        UserError: as `read_hub`.
+    """
+    table = _load(source, revision)
+    files = ["/".join(Path(file["filename"]).parts[-5:]) for file in table.cache_files]
+    if not files:  # kept in memory, as the library's settings may say
+        digest = hashlib.sha256()
+        for row in table:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        files = [digest.hexdigest()]
+    return " ".join([source, *files])
+
+
+def _load(source: str, revision: str | None) -> datasets.Dataset:
     match = _ID.fullmatch(source)
     if not match:
         raise UserError(f"--data {source}: not a data set id; write org/name@revision:config:split[a:b]")
@@ -58,12 +85,11 @@ def read_hub(source: str, *, revision: str | None = None) -> Iterator[Row]:
 
     try:
         # Streaming would be lighter on the disk, but takes no slices and asks the network again in every epoch.
-        table = datasets.load_dataset(
+        return datasets.load_dataset(
             match["id"], name=match["config"], split=split, revision=match["revision"] or revision
         )
     except Exception as exc:  # of half a dozen libraries: a message of theirs is all there is to tell them by
         raise UserError(f"--data {source}: {_explain(exc, match['id'])}") from exc
-    return _rows(table, source)
 
 
 def _rows(table: Iterable[dict[str, Any]], source: str) -> Iterator[Row]:

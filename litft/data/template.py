@@ -162,16 +162,11 @@ class ChatEncoder:
         """Hash of everything in here that decides ids and masks."""
         import transformers
 
-        tokenizer = self.tokenizer
-        parts = (
-            transformers.__version__,
-            tokenizer.backend_tokenizer.to_str(),
-            tokenizer.special_tokens_map,
-            tokenizer.chat_template,
-            self.train_on,
-            self.allow_special_tokens,
-        )
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        from litft.models.load import tokenizer_fingerprint
+
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        parts = (transformers.__version__, tokenizer, self.train_on, self.allow_special_tokens)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _encode_text(self, text: str) -> Encoded:
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])

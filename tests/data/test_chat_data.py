@@ -105,6 +105,26 @@ def test_i1_whatever_decides_the_ids_is_in_the_key(tiny_llama: Path, rows: Path,
         assert len(stores(tmp_path)) == count
 
 
+def test_i1_a_file_below_the_home_folder_is_seen_to_change(
+    tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = ids_of(prepared(tiny_llama, f"~/{rows.name}"))
+    rows.write_bytes(rows.read_bytes().replace(b"0: ", b"9: "))
+    assert ids_of(prepared(tiny_llama, f"~/{rows.name}")) != first
+
+
+def test_i1_another_version_of_transformers_is_in_the_key(
+    tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    prepared(tiny_llama, rows)
+    monkeypatch.setattr(transformers, "__version__", "99.0")
+    prepared(tiny_llama, rows)
+    assert len(stores(tmp_path)) == 2
+
+
 def test_a_data_object_is_encoded_anew_for_another_model(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
     upper = save_tiny(tmp_path / "other", template=CHATML.replace("message['role']", "message['role'] | upper"))
     data = ChatData(str(rows), val_fraction=0.0)

@@ -162,6 +162,39 @@ def test_what_the_hub_refuses_has_a_mend(answers, source, said):
     assert len(answers[source].splitlines()) <= 5
 
 
+ENCODE = """
+import json, sys
+from litft import SFT, ChatData, Full
+data = ChatData(sys.argv[2], val_fraction=0.0).prepare(SFT(sys.argv[1], Full()), max_epochs=1)
+print(json.dumps([data.selection.read(i)[0].tolist() for i in range(len(data.selection))]))
+"""
+
+
+def test_i1_a_branch_that_has_moved_is_encoded_anew(tiny_llama, tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cache = tmp_path / "cache" / "tokens"
+
+    def ids(source="org/name[:3]", **env):
+        proxy = {"NO_PROXY": "*", "no_proxy": "*", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        env = {**os.environ, **proxy, "HF_HOME": str(tmp_path), "LITFT_CACHE": str(cache.parent), **env}
+        command = [sys.executable, "-c", ENCODE, str(tiny_llama), source]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    online = {"HF_HUB_OFFLINE": "0"}
+    try:
+        first = ids(**online)
+        assert ids(HF_HUB_OFFLINE="1") == first and len(list(cache.iterdir())) == 1  # the same rows, from the cache
+        monkeypatch.setitem(REPOS, "org/name", REPOS["org/name"] | {"train.jsonl": b'{"text": "moved"}\n' * 5})
+        monkeypatch.setattr(sys.modules[__name__], "COMMIT", "b" * 40)
+        moved = ids(**online)
+        assert moved != first and len(moved) == 3 and len(list(cache.iterdir())) == 2
+    finally:
+        server.shutdown()
+
+
 def test_offline_keeps_to_the_cache(answers, home):
     offline = read(["org/name:test", "org/never"], home, HF_HUB_OFFLINE="1")
     assert offline["org/name:test"] == answers["org/name:test"]
