@@ -195,7 +195,7 @@ def up_to_last_user_turn(conversation: Conversation) -> Conversation:
     """
     turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "user"]
     if not turns:
-        mend = "give it a message with the role user"
+        mend = "give it a message with the role user, or leave such rows out with --bad_rows skip"
         raise DataError("no user turn to answer", file=conversation.file, line=conversation.line, mend=mend)
     end = turns[-1] + 1
     return dataclasses.replace(conversation, messages=conversation.messages[:end], train=conversation.train[:end])

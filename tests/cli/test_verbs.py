@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import IM_END, chat_rows, save_tiny, tiny_tokenizer, write_jsonl
+from tiny import CHATML, IM_END, chat_rows, save_tiny, tiny_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litft.cli import parsing
@@ -527,13 +527,34 @@ def test_j3_code_that_a_model_brings_is_not_run(litft: Run, tmp_path: Path, rows
     assert not canary.exists()
 
 
-def test_j2_a_template_that_reaches_for_python_is_refused(litft: Run, tmp_path: Path, tiny_llama: Path) -> None:
+def test_j2_a_template_that_reaches_for_python_is_refused(
+    litft: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever renders: as a file of the user's, and as it came with the model."""
     canary, template = tmp_path / "canary", tmp_path / "evil.jinja"
-    template.write_text(f"{{{{ cycler.__init__.__globals__.os.system('touch {canary}') }}}}")
-    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
-    for verb in ("check", "show", "stats"):
-        assert litft("data", verb, file, "--model", tiny_llama, "--data.chat_template", template)[0] == 2
-    assert not canary.exists()
+    attack = f"{{{{ cycler.__init__.__globals__.os.system('touch {canary}') }}}}"
+    template.write_text(CHATML + attack)
+    tame, evil = save_tiny(tmp_path / "tame"), save_tiny(tmp_path / "evil", template=CHATML + attack)
+    file, out = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")]), tmp_path / "out.jsonl"
+    tries: list[tuple[object, ...]] = [
+        *(
+            ("data", verb, file, "--model", tame, "--data.chat_template", template)
+            for verb in ("check", "show", "stats")
+        ),
+        *(("data", verb, file, "--model", evil) for verb in ("check", "show", "stats")),
+        ("finetune", "lora", "--model", tame, "--data", file, "--data.chat_template", template, "--dry_run"),
+        ("finetune", "lora", "--model", evil, "--data", file, "--dry_run"),
+        ("generate", evil, "--prompt", "why?", "--max_new_tokens", 2),
+        ("generate", evil, "--data", file, "--out", out, "--max_new_tokens", 2),
+        ("chat", evil, "--max_new_tokens", 2),
+    ]
+    for words in tries:
+        monkeypatch.setattr("sys.stdin", io.StringIO("why?\n"))
+        code, printed, err = litft(*words)
+        said = printed + err
+        assert "unsafe" in said and "Traceback" not in said, words
+        assert code == 2 or words[0] == "chat", words  # a conversation goes on after a line that can't be answered
+    assert not canary.exists() and not out.exists()
 
 
 # ---- config

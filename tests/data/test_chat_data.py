@@ -494,6 +494,34 @@ def test_ranks_hand_out_every_row_once(ranks: int, packing: bool, tiny_llama: Pa
     assert len({len(d.val_dataloader()[0]) for d in data}) == 1
 
 
+@pytest.mark.parametrize("words", [(1, 9), (9, 1)])
+def test_b3_a_true_eos_in_a_padded_batch_is_seen_and_trained(words: tuple[int, int], tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    tokenizer = tiny_tokenizer(pad_token="<|im_end|>")
+    tokenizer.save_pretrained(model)
+    ask, more = {"role": "user", "content": "why?"}, {"role": "user", "content": "and?"}
+    rows = [
+        [ask, {"role": "assistant", "content": "so"}, more, {"role": "assistant", "content": "sun " * n + "."}]
+        for n in words
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages} for messages in rows])
+    data = prepared(model, file, packing=False, val_fraction=0.0, tokens_per_step=400)
+    (step,) = data.train_dataloader(0, 0)
+    (batch,) = step["micro_batches"]
+    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in rows]
+    shape = (2, max(map(len, expected)))
+    assert tuple(batch["input_ids"].shape) == shape and len(set(map(len, expected))) == 2
+    real = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert sorted(real) == sorted(expected)  # every true end of turn is attended to, also in the middle
+    assert batch["attention_mask"].sum() == sum(map(len, expected))
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == eos).all()
+    row, column = np.divmod(batch["target_positions"].numpy(), shape[1])
+    assert (batch["attention_mask"].numpy()[row, column + 1] == 1).all(), "padding is never a target"
+    assert (batch["input_ids"].numpy()[row, column + 1] == batch["target_ids"].numpy()).all()
+    assert int((batch["target_ids"] == eos).sum()) == 4  # both answers of both rows learn to stop
+
+
 def test_a_loader_starts_where_it_is_told_and_again(tiny_llama: Path, rows: Path) -> None:
     data = prepared(tiny_llama, rows, tokens_per_step=500)
     whole = [step["rows"] for step in data.train_dataloader(0, 0)]

@@ -283,10 +283,12 @@ def test_a_bad_row_stops_before_the_first_answer_or_is_skipped(llama: ChatModel,
     good = json.dumps({"messages": [{"role": "user", "content": "why?"}]})
     long = json.dumps({"messages": [{"role": "user", "content": "sun " * 600}]})
     mute = json.dumps({"messages": [{"role": "assistant", "content": "hm"}]})
+    text = json.dumps({"text": "the sun"})
     for bad, what in (
         ("{", "rows.jsonl:2: "),
         (long, "rows.jsonl:2: the row has"),
-        (mute, "rows.jsonl:2: no user turn"),
+        (mute, "rows.jsonl:2: no user turn.*--bad_rows skip"),
+        (text, "rows.jsonl:2: no user turn.*--bad_rows skip"),
     ):
         data.write_text(f"{good}\n{bad}\n{good}\n")
         with pytest.raises(DataError, match=what):
