@@ -52,8 +52,8 @@ class ChatData(LightningDataModule):
         chat_template: a Jinja file, or `chatml`, for a tokenizer that has no template or another one.
         allow_special_tokens: text of users, tools and the system that spells a control token becomes that token.
         tokens_per_batch: budget of one micro-batch on one rank; 4096 by default, or the longest row.
-        tokens_per_step: budget of one optimizer step over all ranks; 16384 by default, less where epochs of few rows
-            would make fewer than 50 steps (with `max_steps` alone: at most an epoch).
+        tokens_per_step: budget of one optimizer step over all ranks; 16384 by default, less where the epochs would
+            make fewer than 100 steps.
         seed: of the order of rows; that of the run by default.
         num_workers: processes that make batches; none on a CPU, 2 beside a GPU by default.
         revision: of data sets on the hub.
@@ -174,7 +174,7 @@ class ChatData(LightningDataModule):
         weights = self.weights or [1.0] * len(train)
         if self.tokens_per_step is None:
             order = epoch_order(chosen.file_of_row, weights, self.run_seed, 0)
-            self.tokens_per_step = default_tokens_per_step(order, chosen.lengths, max_epochs, max_steps)
+            self.tokens_per_step = default_tokens_per_step(order, chosen.lengths, max_epochs)
         self.plan = Plan(
             chosen.lengths,
             chosen.trained,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LOOKAHEAD = 256  # rows looked through for one that fills a step's last gap
-WANTED_TOKENS, MIN_STEPS = 16384, 50  # of a step by default, and of a run where it has the rows for them
+WANTED_TOKENS, MIN_STEPS = 16384, 100  # of a step by default, and of a run where it has the rows for them
 COUNTED, SAMPLED = 1000, 200  # steps up to which all packs are counted, and those they are estimated from beyond
 ATTENTION_SHARE = 1 / 4096  # cost of attending over a document of n tokens, in units of n dense tokens: n * this
 
@@ -317,27 +317,19 @@ def _longest(steps: Sequence[np.ndarray], lengths: np.ndarray) -> int:
     return int(np.add.reduceat(lengths[np.concatenate(steps)], starts).max())
 
 
-def default_tokens_per_step(
-    order: np.ndarray, lengths: np.ndarray, max_epochs: int | None = None, max_steps: int | None = None
-) -> int:
+def default_tokens_per_step(order: np.ndarray, lengths: np.ndarray, max_epochs: int | None = None) -> int:
     """The default budget of a step: `WANTED_TOKENS`, less where few data would make a run of few steps.
 
-    A run of so many epochs has at least `MIN_STEPS` steps, or `max_steps` where those are fewer, or as many as it has
-    rows: the budget shrinks until it does. A run of `max_steps` alone has its steps anyway, and repeats the data as
-    often as they need: there a step is no smaller than usual, but at most an epoch.
+    The budget shrinks until a run of so many epochs has `MIN_STEPS` steps, or as many as it has rows. `max_steps` does
+    not change it: such a run makes the first steps of one that makes more.
 
     Args:
         order: row indices of the first epoch.
         lengths: tokens of each row (of all rows, indexed by `order`'s values).
-        max_epochs: epochs of the run; None or -1 is no limit.
-        max_steps: optimizer steps of the run; likewise. One epoch where neither is given.
+        max_epochs: epochs of the run; one where None or -1.
     """
-    epochs = None if max_epochs in (None, -1) else max_epochs
-    steps = None if max_steps in (None, -1) else max_steps
-    if epochs is None:
-        epochs = 1 if steps is None else MIN_STEPS
-    wanted = min(MIN_STEPS, steps or MIN_STEPS)
-    an_epoch = min(len(order), -(-wanted // max(1, epochs)))  # steps that it has to have
+    epochs = 1 if max_epochs in (None, -1) else max(1, max_epochs or 1)
+    an_epoch = min(len(order), -(-MIN_STEPS // epochs))  # steps that it has to have
     if not an_epoch:
         return WANTED_TOKENS
     size = lengths[order]

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litft.data.plan import Plan, cost, default_tokens_per_step, epoch_order, lay_out, pack, run_counts, step_rows
+from litft.data.plan import (
+    MIN_STEPS,
+    Plan,
+    cost,
+    default_tokens_per_step,
+    epoch_order,
+    lay_out,
+    pack,
+    run_counts,
+    step_rows,
+)
 
 lengths = st.lists(st.integers(1, 120), min_size=1, max_size=60).map(np.array)
 quick = settings(max_examples=60, deadline=None)
@@ -206,26 +216,18 @@ def test_default_step_budget_for_much_data_and_little() -> None:
     much, little = np.full(5000, 400), np.full(10, 400)
     assert default_tokens_per_step(np.arange(5000), much) == 16384
     assert default_tokens_per_step(np.arange(10), little) == 400  # a step a row: there are no more
-    assert default_tokens_per_step(np.arange(10), little, max_epochs=25) == 5 * 400  # 2 steps an epoch
+    assert default_tokens_per_step(np.arange(10), little, max_epochs=50) == 5 * 400  # 2 steps an epoch
     assert default_tokens_per_step(np.arange(10), little, max_epochs=200) == 10 * 400
-    assert default_tokens_per_step(np.arange(10), little, max_epochs=1, max_steps=2) == 5 * 400
-
-
-@pytest.mark.parametrize("max_steps", [1, 10, 49, 50, 1000])
-def test_max_steps_alone_takes_steps_of_the_usual_size(max_steps: int) -> None:
-    few = np.full(60, 100)
-    assert default_tokens_per_step(np.arange(60), few, -1, max_steps) == 6000  # a whole epoch, not a row
-    assert default_tokens_per_step(np.arange(600), np.full(600, 100), -1, max_steps) == 16384
 
 
 @quick
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=120).map(np.array), st.integers(1, 60))
-def test_a_run_has_50_steps_where_it_has_the_rows(sizes: np.ndarray, epochs: int) -> None:
+def test_a_run_has_100_steps_where_it_has_the_rows(sizes: np.ndarray, epochs: int) -> None:
     order = epoch_order(np.zeros(len(sizes), int), [1.0], 3, 0)
     budget = default_tokens_per_step(order, sizes, epochs)
     steps = len(step_rows(order, sizes, budget))
-    assert steps >= min(len(sizes), -(-50 // epochs))
-    assert steps * epochs >= min(50, len(sizes) * epochs)
+    assert steps >= min(len(sizes), -(-MIN_STEPS // epochs))
+    assert steps * epochs >= min(MIN_STEPS, len(sizes) * epochs)
 
 
 # ---- what the run amounts to
