@@ -15,6 +15,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from litft.engine.metrics import StepMetrics
 from litft.engine.signals import Signals, Stopped
 from litft.errors import UserError
 
@@ -49,6 +50,8 @@ class Checkpoints(Checkpoint):
             raise UserError(
                 f"--checkpoint.every_steps {every_steps}: must be at least 1; leave it out for none by steps"
             )
+        if every_minutes is not None and not every_minutes >= 0:
+            raise UserError(f"--checkpoint.every_minutes {every_minutes}: must be above 0; null for none by the clock")
         self.every_steps, self.every_minutes, self.keep_last, self.final = every_steps, every_minutes, keep_last, final
         self.folder: Path | None = None
         self.best: tuple[float, int] | None = None  # val_loss and step
@@ -150,7 +153,7 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Write `step-N/`, move `last` and `best`, remove what is no longer wanted."""
         assert self.folder is not None
-        step = trainer.global_step
+        began, step = time.perf_counter(), trainer.global_step
         place = self.folder / f"step-{step:06d}"
         beside = self.folder / f".{place.name}.partial"
         if trainer.is_global_zero:
@@ -168,6 +171,8 @@ class Checkpoints(Checkpoint):
                 link(self.folder, "best", place.name)
             self._prune()
         trainer.strategy.barrier("checkpoint")
+        for metrics in (c for c in trainer.callbacks if isinstance(c, StepMetrics)):  # type: ignore[attr-defined]
+            metrics.leave_out(time.perf_counter() - began)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the random state of every rank, and put the loops' counters between two steps of the plan."""
@@ -186,6 +191,9 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the random states for the first step; refuse other data and another optimizer."""
+        if "_instantiator" in checkpoint.get("hyper_parameters", {}):
+            raise UserError("the checkpoint names code to run (_instantiator), as none that litft wrote does")
+        checkpoint.get("callbacks", {}).pop("Timer", None)  # each command has its own --trainer.max_time
         saved = checkpoint.get("litft")
         if saved is None:
             return

@@ -55,7 +55,8 @@ class StepMetrics(Callback):
         self._bad: torch.Tensor | None = None
         self._rows: list[tuple[int, torch.Tensor, list[int]]] = []
         self._tokens = self._trained = 0
-        self._counted_from = 0.0
+        self._counted_from = self._start = self._end = 0.0
+        self._scaled = False
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Fix the interval."""
@@ -65,6 +66,7 @@ class StepMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks."""
+        self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._end = self._counted_from = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -131,6 +133,12 @@ class StepMetrics(Callback):
         self._counted_from += now - self._end
         self._end = now
 
+    def leave_out(self, seconds: float) -> None:
+        """Take time that wasn't training's, such as a checkpoint's, out of the clocks."""
+        self._start += seconds
+        self._end += seconds
+        self._counted_from += seconds
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Send the last record."""
         self._send(trainer)
@@ -162,8 +170,13 @@ class StepMetrics(Callback):
                 logger.log_metrics(record, step=record["step"])
 
     def _watch(self, loss: torch.Tensor, norm: torch.Tensor, step: int, rows: list[int]) -> None:
-        """Count bad steps on the device."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        """Count bad steps on the device.
+
+        Under loss scaling (fp16) gradients overflow now and then, which is how the scale is found: the scaler skips
+        such a step and lowers the scale, so only the loss, which isn't scaled, tells of a bad step.
+        """
+        good = torch.isfinite(loss) if self._scaled else torch.isfinite(loss) & torch.isfinite(norm)
+        bad = ~good
         self._bad = bad.long() if self._bad is None else self._bad + bad
         self._rows = [*self._rows, (step, bad, rows)][-64:]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -20,7 +22,9 @@ from litft.engine.metrics import MetricsCSV, StepMetrics
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
 from litft.engine.signals import Signals
+from litft.errors import UserError
 from litft.methods.base import Method
+from litft.models.quiet import quiet
 
 VALIDATIONS = 4  # during a run, where nothing is said
 
@@ -61,6 +65,51 @@ def plan(method: Method, data: ChatData, trainer: Trainer) -> dict[str, Any]:
     return data.summary() | {"model": method.path, "tuner": method.tuner.name, "lr": method.lr}
 
 
+def check_validation(data: ChatData, val_every_n_steps: int | None, patience: int | None) -> None:
+    """Refuse intervals that mean nothing, and patience with nothing to be patient for; `data` is planned.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if val_every_n_steps is not None and val_every_n_steps < 0:
+        raise UserError(
+            f"--val_every_n_steps {val_every_n_steps}: must be at least 0 (0: only before and after training)"
+        )
+    if patience is None:
+        return
+    if patience < 1:
+        raise UserError(f"--patience {patience}: must be at least 1 validation; leave it out to train to the end")
+    if not data.val_names:
+        raise UserError(
+            f"--patience {patience}: no rows are held out, so nothing says when to stop\n"
+            "mend: --data.val FILE, or leave --patience out"
+        )
+    if val_every_n_steps == 0:
+        raise UserError(
+            f"--patience {patience}: --val_every_n_steps 0 validates only before and after training\n"
+            "mend: leave one of them out"
+        )
+
+
+def model_line(method: Method) -> str:
+    """What of the built model learns, and what its tuner left alone."""
+    return f"model  {method.path}: {method.applied}"
+
+
+class _Opening(Callback):
+    """Says what learns once the model is built, and begins the run's files once its checkpoint has been accepted."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            print(model_line(pl_module), flush=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.begin()
+
+
 def run(
     trainer: Trainer,
     method: Method,
@@ -94,11 +143,23 @@ def run(
         Losses and answers before and after, and where the result lies.
     """
     planned = planned or plan(method, data, trainer)
+    check_validation(data, val_every_n_steps, patience)
     checkpoint = _resume_point(folder, trainer, data.total_steps) if resume else None
     checkpoints, samples, metrics = _one(trainer, Checkpoints), _one(trainer, Samples), StepMetrics(log_every_n_steps)
     checkpoints.signals = signals
     checkpoints.folder = folder / "checkpoints"
-    added: list[Any] = [metrics]  # after what takes time to look (samples), before the checkpoint that closes a step
+    record: RunFile | None = None
+
+    def begin() -> None:
+        nonlocal record
+        record = record or _begin(trainer, folder, planned, config, checkpoint)
+
+    if checkpoint is None:  # there is nothing that a refusal could spoil, and a crash leaves a trace
+        begin()
+    added: list[Any] = [
+        _Opening(begin),
+        metrics,
+    ]  # after what takes time to look (samples), before the checkpoint that closes a step
     if patience is not None:
         added.append(EarlyStopping("val_loss", patience=patience, check_on_train_epoch_end=False))
     at = trainer.callbacks.index(checkpoints)  # type: ignore[attr-defined]
@@ -108,17 +169,21 @@ def run(
     trainer.check_val_every_n_epoch = None
     since = step_of(checkpoint) if checkpoint else None
     trainer.loggers = [MetricsCSV(folder, since), *trainer.loggers, Console(data.total_steps)]
-    record = _begin(trainer, folder, planned, config, checkpoint)
     if signals:
         signals.training = True
     try:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        begin()  # a finished run has nothing to train
+    except pickle.UnpicklingError:
+        raise _more_than_data(checkpoint) from None
     except BaseException as error:
         if record:
             text = str(error).strip().partition("\n")[0]
             record.finish(f"{type(error).__name__}: {text}", steps=trainer.global_step)
         raise
-    outcome = _finish(trainer, method, data, folder, checkpoints, metrics)
+    outcome = _finish(trainer, method, data, folder, checkpoints, metrics, patience)
+    if not samples.questions:  # a finished run, resumed, trains no step
+        samples.choose(trainer)
     if samples.questions:
         from litft.engine.samples import last_user
 
@@ -153,11 +218,21 @@ def _resume_point(folder: Path, trainer: Trainer, total_steps: int) -> Path | No
     return file
 
 
+def _more_than_data(file: Path | None) -> UserError:
+    return UserError(
+        f"{file}: holds more than plain data, as none that litft wrote does; it was not loaded\n"
+        "mend: remove that checkpoint's folder, and --resume goes on from the one before it"
+    )
+
+
 def keep_config(folder: Path, config: str, step: int) -> None:
-    """Write config.yaml; one that a resumed run has changed is kept beside it under the step it held to."""
-    path = folder / "config.yaml"
-    if path.exists() and config and path.read_text(encoding="utf-8") != config:
-        path.replace(folder / f"config-until-step-{step}.yaml")
+    """Write config.yaml; one that a resumed run has changed is kept beside it under the step it held to.
+
+    Of several that followed each other at the same step, the first is what the steps until then were made with.
+    """
+    path, kept = folder / "config.yaml", folder / f"config-until-step-{step}.yaml"
+    if path.exists() and config and path.read_text(encoding="utf-8") != config and not kept.exists():
+        path.replace(kept)
     if config:
         path.write_text(config, encoding="utf-8")
 
@@ -178,7 +253,13 @@ def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str,
 
 
 def _finish(
-    trainer: Trainer, method: Method, data: ChatData, folder: Path, checkpoints: Checkpoints, metrics: StepMetrics
+    trainer: Trainer,
+    method: Method,
+    data: ChatData,
+    folder: Path,
+    checkpoints: Checkpoints,
+    metrics: StepMetrics,
+    patience: int | None,
 ) -> Outcome:
     """Put the chosen weights into the model and write `final/`."""
     last, best, best_file = trainer.global_step, checkpoints.best, checkpoints.best_file()
@@ -187,17 +268,22 @@ def _finish(
         outcome.final_step, outcome.why = best[1], f"the best by val_loss, step {best[1]} of {last}"
         outcome.losses_after = metrics.losses_at.get(best[1], {"val_loss": best[0]})
         if best[1] != last:
-            state = torch.load(best_file, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(best_file, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise _more_than_data(best_file) from None
             method.tuner.load_trainable_state(method.net.model, state["state_dict"])
     if last < data.total_steps:
-        patience = any(isinstance(c, EarlyStopping) and c.stopped_epoch for c in trainer.callbacks)  # type: ignore[attr-defined]
-        reason = (
-            "val_loss got no better (--patience)" if patience else "the Trainer was told to (--trainer.max_time, say)"
-        )
+        early = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        if any(c.wait_count >= c.patience for c in early):
+            reason = "val_loss got no better" + (f" (--patience {patience})" if patience else "")
+        else:
+            reason = "the Trainer was told to (--trainer.max_time, say)"
         outcome.stopped = f"stopped early, after step {last} of {data.total_steps}: {reason}"
     if not trainer.is_global_zero:
         return outcome
-    method.save(folder / "final")
+    with quiet():
+        method.save(folder / "final")
     return outcome
 
 

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from litft.data.conversation import Conversation
+from litft.errors import UserError
 from litft.methods.base import Method
 
 
@@ -27,15 +28,17 @@ class Samples(Callback):
     def __init__(
         self, count: int = 3, prompts: list[str] | None = None, max_new_tokens: int = 64, during: bool = False
     ) -> None:
+        if count < 0:
+            raise UserError(f"--samples.count {count}: must be at least 0")
+        if max_new_tokens < 1:
+            raise UserError(f"--samples.max_new_tokens {max_new_tokens}: must be at least 1")
         self.count, self.prompts, self.max_new_tokens, self.during = count, prompts, max_new_tokens, during
         self.questions: list[Conversation] = []
         self.before: list[str] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the prompts, and answer them with the model as it is."""
-        if not self.can_answer(trainer):
-            return
-        self.questions = self._choose(trainer.datamodule)  # type: ignore[attr-defined]
+        self.choose(trainer)
         if self.questions and trainer.global_step == 0:
             self.before = self.answer(pl_module)
 
@@ -63,10 +66,15 @@ class Samples(Callback):
         """The present answers."""
         return answer(method, self.questions, self.max_new_tokens)  # type: ignore[arg-type]
 
-    def _choose(self, data: Any) -> list[Conversation]:
+    def choose(self, trainer: Trainer) -> None:
+        """Choose the prompts; none on a process that doesn't answer."""
+        if not self.can_answer(trainer):
+            return
         if self.prompts:
-            return [Conversation(messages=[{"role": "user", "content": text}], train=[None]) for text in self.prompts]
-        return data.held_out_prompts(self.count) if self.count else []
+            asked: list[Any] = [{"role": "user", "content": text} for text in self.prompts]
+            self.questions = [Conversation(messages=[message], train=[None]) for message in asked]
+        elif self.count:
+            self.questions = trainer.datamodule.held_out_prompts(self.count)  # type: ignore[attr-defined]
 
 
 def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: int = 64) -> list[str]:

@@ -90,7 +90,6 @@ def start(
     )
     lightning_trainer = Trainer(
         accelerator="cpu",
-        precision="32-true",
         max_epochs=epochs or (1 if steps is None else -1),
         max_steps=steps or -1,
         logger=False,
@@ -98,7 +97,7 @@ def start(
         enable_model_summary=False,
         num_sanity_val_steps=-1,
         callbacks=[trace, *callbacks, Checkpoints(**(checkpoints or {})), Samples(count=samples, max_new_tokens=8)],
-        **(trainer or {}),
+        **{"precision": "32-true", **(trainer or {})},
     )
     outcome = None
     with Signals() as signals:

@@ -56,7 +56,7 @@ def test_d5_a_checkpoint_that_lacks_a_weight_is_refused(
     if change == "renamed":
         state["state_dict"][name.replace("layers.0", "layers.9")] = tensor
     torch.save(state, file)
-    with pytest.raises(Exception, match=r"lora_|layers"):
+    with pytest.raises(UserError, match=r"lora_|layers"):
         start(tmp_path / "a", tiny_llama, chats, steps=4, resume=True)
 
 
@@ -78,6 +78,37 @@ def test_f6_checkpoints_hold_plain_types_only(tuner: str, tmp_path: Path, tiny_l
     options = {"trainer": {"max_time": "00:01:00:00"}, "patience": 5, "samples": 1, "val_every": 1}
     start(tmp_path / "a", tiny_llama, chats, tuner=tuner, steps=2, **options)
     plain(last(tmp_path / "a"))
+
+
+class Canary:
+    """Unpickled with its code, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("how", ["reduce", "instantiator"])
+def test_j1_a_malicious_checkpoint_is_refused(how: str, tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    start(tmp_path / "a", tiny_llama, chats, steps=4, stop_at=2)
+    file = newest(tmp_path / "a" / "checkpoints")
+    assert file is not None
+    state, canary = torch.load(file, weights_only=True), tmp_path / "canary"
+    if how == "reduce":
+        state["more"] = Canary(canary)
+    else:
+        state["hyper_parameters"] = {"_instantiator": "os.system", "path": f"touch {canary}"}
+    torch.save(state, file)
+    files = {p: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
+    with pytest.raises(UserError, match="more than plain data|names code to run") as error:
+        start(tmp_path / "a", tiny_llama, chats, steps=4, resume=True)
+    assert "weights_only" not in str(error.value) and not canary.exists()
+    assert {p: p.read_bytes() for p in files} == files  # run.json too
+    if how == "reduce":
+        torch.load(file, weights_only=False)
+        assert canary.exists()  # it would have
 
 
 SCRIPT = """

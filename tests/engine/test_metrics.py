@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,33 @@ def test_records_have_every_column(tmp_path: Path, tiny_llama: Path, chats: Path
         assert all(math.isfinite(v) for v in numbers.values())
         assert numbers["tokens_per_s"] >= numbers["trained_tokens_per_s"] > 0
         assert numbers["step_s"] > 0 and numbers["data_s"] >= 0 and 0.01 < numbers["memory_gb"] < 100
+
+
+def test_a_checkpoints_time_is_not_a_steps(
+    tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from litft.engine import checkpoints
+
+    to_disk = checkpoints._to_disk
+    monkeypatch.setattr(checkpoints, "_to_disk", lambda path: (time.sleep(0.5), to_disk(path)))  # a slow disk, 1 s
+    start(tmp_path / "a", tiny_llama, chats, steps=4, val_every=0, checkpoints={"every_steps": 1})
+    with open(tmp_path / "a" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    assert len(rows) == 4
+    for row in rows[1:]:
+        assert 0 < float(row["step_s"]) < 1 and 0 <= float(row["data_s"]) < 1
+        assert int(row["tokens"]) / float(row["tokens_per_s"]) < 1
+
+
+def test_a_loss_scalers_overflows_are_no_bad_steps(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows until it has come down
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    options = {"steps": 8, "val_every": 0, "max_bad_steps": 0, "trainer": {"plugins": [precision], "precision": None}}
+    _, outcome, _ = start(tmp_path / "a", tiny_llama, chats, **options)
+    assert outcome.final_step == 8 and scaler.get_scale() < 2.0**40
+    assert not math.isfinite(float(metrics(tmp_path / "a")[1]["grad_norm"]))
 
 
 class Collect(Logger):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from runs import Trace, assert_same_run, last, metrics, start
 from tiny import chat_rows, save_tiny, write_jsonl
+
+from litft.engine.checkpoints import newest
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +167,28 @@ def test_e4_more_epochs_after_the_end(tmp_path: Path, tiny_llama: Path, chats: P
 def test_resume_of_a_finished_run_writes_its_result_again(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
     import shutil
 
-    _, outcome, _ = start(tmp_path / "a", tiny_llama, chats, steps=4, val_every=2)
+    _, outcome, _ = start(tmp_path / "a", tiny_llama, chats, steps=4, val_every=2, samples=2)
     before = {p.name: p.read_bytes() for p in (tmp_path / "a" / "final").iterdir()}
     shutil.rmtree(tmp_path / "a" / "final")
-    trace, again, _ = start(tmp_path / "a", tiny_llama, chats, steps=4, val_every=2, resume=True)
+    trace, again, _ = start(tmp_path / "a", tiny_llama, chats, steps=4, val_every=2, samples=2, resume=True)
     assert not trace.rows
     assert {p.name: p.read_bytes() for p in (tmp_path / "a" / "final").iterdir()} == before
     assert (again.losses_before, again.losses_after) == (outcome.losses_before, outcome.losses_after)
+    assert again.answers == outcome.answers and len(again.answers) == 2
+    assert len(json.loads((tmp_path / "a" / "run.json").read_text())["answers"]) == 2
+
+
+def test_max_time_is_a_commands_own(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    start(tmp_path / "a", tiny_llama, chats, steps=6, stop_at=2, trainer={"max_time": "00:00:10:00"})
+    file = newest(tmp_path / "a" / "checkpoints")
+    assert file is not None
+    state = torch.load(file, weights_only=True)
+    state["callbacks"]["Timer"]["time_elapsed"]["train"] = 3600.0  # an hour used by the command before
+    torch.save(state, file)
+    trace, outcome, _ = start(
+        tmp_path / "a", tiny_llama, chats, steps=6, resume=True, trainer={"max_time": "00:00:10:00"}
+    )
+    assert sorted(trace.rows) == [2, 3, 4, 5] and not outcome.stopped
 
 
 def test_i6_the_held_out_rows_stay_the_same_after_resume(
