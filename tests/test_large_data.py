@@ -11,7 +11,22 @@ import pytest
 from tiny import save_tiny
 
 ROWS, TOKENS = 200_000, 500
-WORDS = ["the", "stone", "moon", "river", "wind", "old", "red", "new", "slow", "runs", "water", "sleeps", "tree", "song"]
+WORDS = [
+    "the",
+    "stone",
+    "moon",
+    "river",
+    "wind",
+    "old",
+    "red",
+    "new",
+    "slow",
+    "runs",
+    "water",
+    "sleeps",
+    "tree",
+    "song",
+]
 
 PREPARE = """
 import json, resource, sys, time
@@ -21,6 +36,7 @@ method = SFT(sys.argv[1])
 data = ChatData(sys.argv[2])
 imported = time.perf_counter()
 data.prepare(method, max_epochs=1)
+data.summary()
 step = next(iter(data.train_dataloader(0, 0)))
 done = time.perf_counter()
 own, children = (resource.getrusage(who).ru_maxrss / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

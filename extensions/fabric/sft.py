@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> list[float]:
             schedule["scheduler"].step()
             optimizer.zero_grad()
             losses.append(float(fabric.all_reduce(total, reduce_op="mean")))
-            fabric.print(f"step {len(losses)}/{data.total_steps}  loss {losses[-1]:.4f}")
+            fabric.print(f"step {len(losses)}/{data.total_steps}  loss {losses[-1]:.6f}")
             if len(losses) == data.total_steps:
                 break
 

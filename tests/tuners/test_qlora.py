@@ -170,7 +170,7 @@ def test_an_adapter_trained_over_4_bits_goes_on_over_4_bits(tmp_path: Path) -> N
     tuner.apply(model)
     perturb(model)
     tuner.save(model, tmp_path, "some/base")
-    again, tuner = tiny_model("llama"), QLoRA("nf4", r=8, lora_plus_ratio=4).continuing(tmp_path)
+    again, tuner = tiny_model("llama"), QLoRA("nf4", lora_plus_ratio=4).continuing(tmp_path)
     assert (tuner.r, tuner.quant, tuner.lora_plus_ratio) == (4, "nf4", 4)
     tuner.apply(again)
     tuner.load(again, tmp_path)
