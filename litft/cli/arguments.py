@@ -16,8 +16,9 @@ from litft.errors import UserError
 SHORT = {"data": "data.train", "model": "model.path"}
 BARE = (*SWITCHES, "print_config", "help")
 """Flags without a value."""
-LISTS = ("data.train", "data.weights", "samples.prompts")
-MANY = (*LISTS, "data.val")
+NUMBERS = ("data.weights", "model.betas")
+LISTS = ("data.train", *NUMBERS, "samples.prompts", "model.tuner.modules_to_save", "model.tuner.target_parameters")
+MANY = (*LISTS, "data.val", "model.tuner.targets")
 """Keys that take several values after one flag; those of `LISTS` are lists even with one."""
 
 
@@ -95,13 +96,13 @@ def _said(key: str, values: list[str]) -> Said:
         raise UserError(f"--{key} needs a value")
     if len(values) > 1 and key not in MANY:
         raise UserError(f"--{key} takes one value, but {values[1]!r} follows {values[0]!r}")
-    if len(values) == 1 and (key not in LISTS or values[0].startswith("[")):
+    if len(values) == 1 and (key not in LISTS or values[0] == "null" or values[0].startswith("[")):
         return Said(key, values[0], where)
-    if key == "data.weights":
+    if key in NUMBERS:
         try:
             return Said(key, json.dumps([float(value) for value in values]), where)
         except ValueError:
-            raise UserError(f"--data.weights {' '.join(values)}: not numbers") from None
+            raise UserError(f"--{key} {' '.join(values)}: not numbers") from None
     return Said(key, json.dumps(values), where)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -60,20 +61,24 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     from litft.engine.checkpoints import newest
     from litft.engine.console import plan_lines
     from litft.engine.metrics import BadLoss
-    from litft.engine.run import plan, report, run
+    from litft.engine.run import check_validation, model_line, plan, report, run
     from litft.engine.run_folder import discard
 
     config = cli.config
     folder = _folder(config, tuner) if config.out and not config.dry_run else None
     trainer = _trainer(cli)
     planned = plan(cli.model, cli.datamodule, trainer)
+    check_validation(cli.datamodule, config.val_every_n_steps, config.patience)
     signals.check()
     if config.dry_run:
         cli.model.build(trainer.precision, trainer.strategy.root_device)
+        cli.model.total_steps = cli.datamodule.total_steps
+        cli.model.configure_optimizers()
         applied = cli.model.applied
+        lines = [*plan_lines(planned), model_line(cli.model)]
         planned |= {"trainable": applied.trainable, "parameters": applied.total, "precision": trainer.precision}
         planned["skipped_modules"] = applied.skipped
-        print(json.dumps(planned, indent=2) if config.json else "\n".join(plan_lines(planned)))
+        print(json.dumps(planned, indent=2) if config.json else "\n".join(lines))
         return 0
     folder = folder or _folder(config, tuner)
     if trainer.world_size > 1:
@@ -197,7 +202,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning.pytorch  # noqa: F401 - sets its loggers' levels when imported
 
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -214,7 +219,11 @@ def _parse(words: list[str]) -> Any:
         """What jsonargparse says, maybe of a parser within the parser."""
 
     class Parser(LightningArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> Any:
+        def error(self, message: str, ex: BaseException | None = None) -> Any:
+            while ex is not None:  # what our own classes say of their options comes out as they say it
+                if isinstance(ex, UserError) and not isinstance(ex, Unparsed):
+                    raise UserError(str(ex)) from None
+                ex = ex.__cause__ or ex.__context__
             raise Unparsed(message)
 
     class CLI(LightningCLI):
@@ -249,8 +258,6 @@ def _parse(words: list[str]) -> Any:
                 super().parse_arguments(parser, args)
             except Unparsed as error:
                 raise UserError(readable(str(error))) from None
-
-        def before_instantiate_classes(self) -> None:
             check_trainer(self.config)
 
         def instantiate_classes(self) -> None:
@@ -281,27 +288,79 @@ def _parse(words: list[str]) -> Any:
     )
 
 
+CUTS = "would cut through the planned optimizer steps"
+KEPT: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "accumulate_grad_batches": (
+        (1,),
+        CUTS,
+        "it follows from data.tokens_per_step and data.tokens_per_batch; set those",
+    ),
+    "gradient_clip_val": ((None,), "is not used: the optimizer step clips by itself", "set model.clip"),
+    "gradient_clip_algorithm": ((None,), "is not used: model.clip clips by the global norm", "set model.clip"),
+    "limit_train_batches": ((None, 1.0), CUTS, "set trainer.max_steps"),
+    "overfit_batches": ((0.0,), CUTS, "make a file of the few rows and set trainer.max_epochs"),
+    "fast_dev_run": ((False,), CUTS, "set trainer.max_steps, or use --dry_run"),
+    "val_check_interval": ((None,), CUTS, "set --val_every_n_steps, in optimizer steps"),
+    "check_val_every_n_epoch": ((1,), CUTS, "set --val_every_n_steps, in optimizer steps"),
+    "reload_dataloaders_every_n_epochs": ((0,), CUTS, "the plan does that"),
+}
+"""Trainer flags that stay as they are: the values allowed, the reason, and what to set instead."""
+STRATEGIES = {
+    r"ddp_?(spawn|fork|notebook)": "its processes end with the training, before final/ is written",
+    r"(fsdp|deepspeed|model_?parallel)": "it cuts the model's weights up, and litft saves and answers with whole ones",
+    r"(single_?)?xla|single_?tpu": "litft does not train on TPUs",
+}
+"""Beginnings of the names, and of the class names, of strategies that are refused."""
+CALLBACKS = {
+    "GradientAccumulationScheduler": f"{CUTS}; mend: set data.tokens_per_step",
+    "StochasticWeightAveraging": "needs an optimizer step that Trainer makes; mend: leave it out",
+}
+
+
 def check_trainer(config: Any) -> None:
-    """Refuse Trainer flags that would cut through planned steps, with what to set instead."""
+    """Refuse flags that a run can't follow, with the reason and what to set instead.
+
+    Raises:
+        UserError: for the first of them.
+    """
     trainer = config.trainer
-    instead = {
-        "accumulate_grad_batches": (1, "it follows from data.tokens_per_step and data.tokens_per_batch; set those"),
-        "gradient_clip_val": (None, "set model.clip"),
-        "limit_train_batches": (None, "set trainer.max_steps"),
-        "overfit_batches": (0.0, "make a file of the few rows and set trainer.max_epochs"),
-        "fast_dev_run": (False, "set trainer.max_steps, or use --dry_run"),
-        "val_check_interval": (None, "set --val_every_n_steps, in optimizer steps"),
-        "check_val_every_n_epoch": (1, "set --val_every_n_steps, in optimizer steps"),
-        "reload_dataloaders_every_n_epochs": (0, "the plan does that"),
-    }
-    for key, (default, mend) in instead.items():
-        if trainer.get(key) != default:
-            raise UserError(f"--trainer.{key} would cut through the planned optimizer steps; mend: {mend}")
-    if "true" in str(trainer.precision) and not str(trainer.precision).startswith("32"):
+    for key, (allowed, reason, mend) in KEPT.items():
+        value = trainer.get(key)
+        if not any(value == one and type(value) in (type(one), float if one == 0 else type(one)) for one in allowed):
+            raise UserError(f"--trainer.{key} {reason}; mend: {mend}")
+    strategy, arguments = _class_of(trainer.strategy)
+    for pattern, reason in STRATEGIES.items():
+        method = arguments.get("start_method", "popen")
+        if re.match(pattern, strategy, re.IGNORECASE) or re.match(pattern, f"ddp_{method}"):
+            raise UserError(f"--trainer.strategy {strategy}: {reason}\nmend: --trainer.strategy auto or ddp")
+    for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]:
+        name, _ = _class_of(callback)
+        if name in CALLBACKS:
+            raise UserError(f"--trainer.callbacks {name}: {CALLBACKS[name]}")
+    precision = str(trainer.precision)
+    if precision.endswith("true") and not precision.startswith(("32", "64")):
         raise UserError(
-            f"--trainer.precision {trainer.precision} rounds away what is learnt\n"
+            f"--trainer.precision {precision} rounds away what is learnt\n"
             "(updates below 1/256 of a weight); mend: bf16-mixed trains fp32 weights and computes in bf16"
         )
+    every, seed = trainer.log_every_n_steps, config.seed_everything
+    if every is not None and every < 1:
+        raise UserError(f"--trainer.log_every_n_steps {every}: must be at least 1 optimizer step")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed_everything {seed}: must be at least 0 and below 2^32")
+    if config.val_every_n_steps is not None and config.val_every_n_steps < 0:
+        raise UserError(f"--val_every_n_steps {config.val_every_n_steps}: must be at least 0")
+    if config.patience is not None and config.patience < 1:
+        raise UserError(f"--patience {config.patience}: must be at least 1 validation")
+    if config.json and not config.dry_run:
+        raise UserError("--json goes with --dry_run: it prints the plan; a run's facts are in its run.json")
+
+
+def _class_of(said: Any) -> tuple[str, Any]:
+    """Name, and arguments where there are any, of what may be a class path or a short name."""
+    if said is None or isinstance(said, str):
+        return str(said).rpartition(".")[2], {}
+    return str(said.get("class_path", "")).rpartition(".")[2], said.get("init_args") or {}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ def readable(message: str) -> str:
     given = re.findall(r"(?:Got|Given) value: (.*?)>*$", message, re.MULTILINE)
     value = next((v for v in given if not re.match(r"(NestedArg|Namespace)\(", v)), "")
     flag = f"--{key} {value}".strip() if key else "configuration"
+    if package := re.search(
+        r"\b(tensorboard|wandb|mlflow)\b.*(?:not met|not available|is available|No module)", message
+    ):
+        return f"--trainer.logger: {package[1]} is not installed\nmend: pip install 'litft[{package[1]}]'"
     if problem := re.search(r"Problem with given class_path (\S+):\s*\n\s*(.+)", message):
         return f"{'' if flag == 'configuration' else flag + ': '}{problem[1]}: {problem[2].strip()}"[:400]
     if missing := re.search(r"required: (\w+)", message):
@@ -32,6 +36,9 @@ def readable(message: str) -> str:
         return f"{flag}: there is no class {path[1]}; give a class path such as lightning.pytorch.loggers.CSVLogger"
     takes = _takes(message)
     if not takes:
+        own = re.search(r"Errors:\s*\n\s*- (?!Expected)(.*?)(?=\n\s*- |\Z)", message, re.DOTALL)
+        if own:  # what a class says of its own options
+            return "\n".join(line.strip() for line in own[1].splitlines()[:5])
         lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
         return "\n".join(line[:200] for line in lines[:5])
     near = difflib.get_close_matches(value, takes, n=1, cutoff=0.6)

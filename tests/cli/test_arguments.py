@@ -52,6 +52,16 @@ def test_one_value_of_a_list_is_a_list() -> None:
     assert json.loads(values(["--data.val", "a.jsonl", "b.jsonl"])["data.val"]) == ["a.jsonl", "b.jsonl"]
 
 
+def test_several_values_after_one_flag() -> None:
+    found = values(["--model.tuner.targets", "q_proj", "v_proj", "--model.tuner.modules_to_save", "lm_head"])
+    assert json.loads(found["model.tuner.targets"]) == ["q_proj", "v_proj"]
+    assert json.loads(found["model.tuner.modules_to_save"]) == ["lm_head"]
+    assert values(["--model.tuner.targets", "all-linear"])["model.tuner.targets"] == "all-linear"
+    assert json.loads(values(["--model.tuner.target_parameters", "x"])["model.tuner.target_parameters"]) == ["x"]
+    assert values(["--model.tuner.modules_to_save", "null"])["model.tuner.modules_to_save"] == "null"
+    assert json.loads(values(["--model.betas", "0.9", "0.95"])["model.betas"]) == [0.9, 0.95]
+
+
 def test_the_tuner_comes_before_its_options() -> None:
     words = expand(["--model.tuner.r", "8", "--data", "a"], "qlora")
     assert words[0] == "--model.tuner=litft.QLoRA" and "--model.tuner.r=8" in words

@@ -13,6 +13,14 @@ from tiny import chat_rows, save_tiny, write_jsonl
 
 from litft.cli.main import main
 
+CLASSES = "lightning.pytorch.callbacks"
+ACCUMULATE, AVERAGE = (
+    "--trainer.callbacks=" + json.dumps([{"class_path": f"{CLASSES}.{name}", "init_args": arguments}])
+    for name, arguments in (
+        ("GradientAccumulationScheduler", {"scheduling": {"0": 2}}),
+        ("StochasticWeightAveraging", {"swa_lrs": 0.1}),
+    )
+)
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 
 
@@ -86,6 +94,20 @@ def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["--trainer.devices", "none"], "trainer"),
         (["--trainer.precision", "bf16-true"], "bf16-mixed trains fp32 weights"),
         (["--trainer.logger", "Foo"], "no class Foo"),
+        (["--trainer.log_every_n_steps", "0"], "--trainer.log_every_n_steps 0: must be at least 1"),
+        (["--seed_everything", "-5"], "--seed_everything -5"),
+        (["--val_every_n_steps", "-1"], "--val_every_n_steps -1"),
+        (["--patience", "-3"], "--patience -3"),
+        (["--patience", "2", "--data.val_fraction", "0"], "no rows are held out"),
+        (["--patience", "2", "--val_every_n_steps", "0"], "--val_every_n_steps 0 validates only"),
+        (["--checkpoint.every_minutes", "-1"], "--checkpoint.every_minutes -1"),
+        (["--samples.count", "-1"], "--samples.count -1"),
+        (["--json"], "--dry_run"),
+        ([ACCUMULATE], "set data.tokens_per_step"),
+        ([AVERAGE], "mend: leave it out"),
+        (["--model.tuner.r", "0"], "error: the rank of an adapter is at least 1, r is 0"),
+        (["--model.tuner.dropout", "2"], "error: dropout is a probability below 1, not 2.0"),
+        (["--model.betas", "0.9", "x"], "--model.betas 0.9 x: not numbers"),
         (["--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger"], "--trainer.logger.save_dir"),
     ],
 )
@@ -100,7 +122,7 @@ def test_a_logger_whose_package_is_missing(mistake: Any, tiny_llama: Path, chats
     if find_spec("wandb"):
         pytest.skip("wandb is installed")
     words = ["--trainer.logger", "lightning.pytorch.loggers.WandbLogger"]
-    assert "pip install -U 'wandb" in mistake("lora", "--model", tiny_llama, "--data", chats, *CPU, *words)
+    assert "pip install 'litft[wandb]'" in mistake("lora", "--model", tiny_llama, "--data", chats, *CPU, *words)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +142,39 @@ def test_trainer_flags_that_would_cut_planned_steps(
 ) -> None:
     text = mistake("lora", "--model", tiny_llama, "--data", chats, *CPU, *words)
     assert words[0] in text and "mend:" in text
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"],
+)
+def test_strategies_that_cannot_work(strategy: str, mistake: Any, tiny_llama: Path, chats: Path) -> None:
+    text = mistake("lora", "--model", tiny_llama, "--data", chats, *CPU, "--trainer.strategy", strategy)
+    assert "mend: --trainer.strategy auto or ddp" in text
+
+
+def test_all_batches_and_64_bits_are_no_mistake(tiny_llama: Path, chats: Path) -> None:
+    words = ["--trainer.limit_train_batches", "1.0", "--trainer.precision", "64-true", "--trainer.accelerator", "cpu"]
+    command = ["finetune", "lora", "--model", str(tiny_llama), "--data", str(chats), "--out", "a", *words]
+    assert main([*command, "--trainer.max_steps", "2", "--samples.count", "1"]) == 0
+
+
+def test_a_dry_run_finds_what_the_optimizer_refuses(mistake: Any, tiny_llama: Path, chats: Path) -> None:
+    own = "class Own(__import__('torch').optim.SGD):\n    def __init__(self, params):\n        raise ValueError('too odd')\n"
+    Path("own_optimizer.py").write_text(own)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        words = ["--dry_run", "--model.optimizer", "own_optimizer.Own"]
+        assert "too odd" in mistake("lora", "--model", tiny_llama, "--data", chats, *CPU, *words)
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def test_a_missing_logger_is_named_as_litfts_extra() -> None:
+    from litft.cli.readable import readable
+
+    said = "Neither `tensorboard` nor `tensorboardX` is available. Try `pip install`ing either."
+    assert "pip install 'litft[tensorboard]'" in readable(said)
 
 
 def test_a_gpu_that_is_not_there(mistake: Any, tiny_llama: Path, chats: Path) -> None:

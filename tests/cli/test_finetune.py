@@ -285,7 +285,32 @@ def test_patience_stops_early(finetune: Any, capsys: pytest.CaptureFixture[str])
     ]  # nothing gets better
     assert finetune("--out", "a", *words, "--samples.count", 0) == 0
     assert json.loads(Path("a/run.json").read_text())["steps"] == 6
-    assert "stopped early" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "stopped early" in out and "(--patience 2)" in out
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    finetune: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("--out", "a", "--trainer.max_steps", 3, "--samples.count", 0) == 0
+    assert " weights learn" in capsys.readouterr().out
+    before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+    other = write_jsonl(tmp_path / "b.jsonl", chat_rows(40, seed=9))
+    for _ in range(2):
+        assert main(["finetune", "lora", "--out", "a", "--resume", "--data", str(other)]) == 2
+        assert "other rows" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before
+    assert main(["finetune", "lora", "--out", "a", "--resume", "--trainer.max_steps", "4"]) == 0
+    assert [int(r["step"]) for r in records("a")] == list(range(5))
+
+
+def test_a_kept_configuration_is_never_overwritten(tmp_path: Path) -> None:
+    from litft.engine.run import keep_config
+
+    for text in ("first", "second", "third"):
+        keep_config(tmp_path, text, 3)
+    assert (tmp_path / "config-until-step-3.yaml").read_text() == "first"
+    assert (tmp_path / "config.yaml").read_text() == "third"
 
 
 def test_log_every_n_steps_is_obeyed(finetune: Any) -> None:

@@ -102,7 +102,7 @@ def test_j1_a_malicious_checkpoint_is_refused(how: str, tmp_path: Path, tiny_lla
         state["hyper_parameters"] = {"_instantiator": "os.system", "path": f"touch {canary}"}
     torch.save(state, file)
     files = {p: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
-    with pytest.raises(UserError, match="more than plain data|names code to run") as error:
+    with pytest.raises(UserError, match=r"more than plain data|names code to run") as error:
         start(tmp_path / "a", tiny_llama, chats, steps=4, resume=True)
     assert "weights_only" not in str(error.value) and not canary.exists()
     assert {p: p.read_bytes() for p in files} == files  # run.json too
