@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +78,27 @@ class Steps(Dataset):
         }
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a worker outlive a signal to the whole process group, such as Ctrl-C or a scheduler's SIGTERM.
+
+    The run still needs its workers for the step it is in. Only the parent's own SIGTERM ends one, as at its exit.
+
+    Args:
+        worker: its number.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere Python doesn't tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+
 class FromStep(DistributedSampler):
     """Counts from a start to the end of the epoch.
 
@@ -114,6 +139,7 @@ class StepLoader(DataLoader):
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, so that making an iterator doesn't move the run's random state
             persistent_workers=False,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def state_dict(self) -> dict[str, Any]:
