@@ -160,7 +160,8 @@ def test_all_batches_and_64_bits_are_no_mistake(tiny_llama: Path, chats: Path) -
 
 
 def test_a_dry_run_finds_what_the_optimizer_refuses(mistake: Any, tiny_llama: Path, chats: Path) -> None:
-    own = "import torch\nclass Own(torch.optim.SGD):\n    def __init__(self, params):\n        raise ValueError('too odd')\n"
+    own = "import torch\nclass Own(torch.optim.SGD):\n    def __init__(self, params):\n"
+    own += "        raise ValueError('too odd')\n"
     Path("own_optimizer.py").write_text(own)
     sys.path.insert(0, str(Path.cwd()))
     try:
