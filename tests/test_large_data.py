@@ -51,7 +51,7 @@ def test_200k_rows_prepare_in_bounded_memory_and_open_fast(tmp_path):
     rng = random.Random(0)
     with open(tmp_path / "rows.jsonl", "w") as file:
         for i in range(ROWS):
-            words = [rng.choice(WORDS) for _ in range(TOKENS - 40)]
+            words = [rng.choice(WORDS) for _ in range(TOKENS - 20)]
             cut = rng.randrange(20, 200)
             question, answer = f"{i} {' '.join(words[:cut])}", " ".join(words[cut:])
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
