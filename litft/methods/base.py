@@ -41,7 +41,7 @@ class Method(LightningModule):
         warmup: steps of warmup, or a share of the run where below 1.
         min_lr: learning rate at the end.
         clip: greatest global norm of the gradient; 0 doesn't clip.
-        recompute: keep all activations, or recompute every layer's in the backward pass (less memory, a third slower).
+        recompute: keep all activations, or recompute every layer's in the backward pass (less memory, more time).
         add_tokens: give tokens of the chat template that the tokenizer lacks new, trained rows in the embedding.
         balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where
             it asks for that loss.
