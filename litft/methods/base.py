@@ -46,6 +46,8 @@ class Method(LightningModule):
         balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where
             it asks for that loss.
         max_bad_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
+        fast_attention: attention over packed documents by the fastest kernels; off, one plain call a document.
+        fast_loss: the loss without ever holding all logits; off, the model's own logits and plain cross-entropy.
         revision: of the model on the hub.
         trust_remote_code: run the Python code that a model folder brings. Only for models whose code you have read.
     """
@@ -66,6 +68,8 @@ class Method(LightningModule):
         add_tokens: bool = False,
         balance_experts: float | None = None,
         max_bad_steps: int = 10,
+        fast_attention: bool = True,
+        fast_loss: bool = True,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -78,6 +82,7 @@ class Method(LightningModule):
         self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
         self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
+        self.fast_attention, self.fast_loss = fast_attention, fast_loss
         at_least_0 = {"lr": self.lr, "weight_decay": weight_decay, "warmup": warmup, "min_lr": min_lr, "clip": clip}
         at_least_0 |= {"balance_experts": balance_experts or 0, "max_bad_steps": max_bad_steps}
         for name, value in at_least_0.items():
@@ -164,7 +169,10 @@ class Method(LightningModule):
 
         self.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
         dtype = torch.float32 if self.tuner.trains_base or self.compute_dtype is None else self.compute_dtype
-        implementation = attention.register() if self.cannot_pack is None else None
+        implementation = None
+        if self.cannot_pack is None:
+            half = self.compute_dtype is not None
+            implementation = attention.best(self.config, torch.device(device), half, self.fast_attention)
         model = load_model(
             self.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=self.trust_remote_code
         )
@@ -191,7 +199,7 @@ class Method(LightningModule):
             raise UserError(f"--model.balance_experts: {self.path} has no experts to balance")
         own = routed if getattr(model.config, "output_router_logits", False) else 0.0
         self.balance = own if self.balance_experts is None else self.balance_experts
-        self.net = CausalLM(model, balance_experts=bool(self.balance))
+        self.net = CausalLM(model, balance_experts=bool(self.balance), fast_loss=self.fast_loss)
         return self
 
     def trainable_parameters(self) -> Iterator[torch.nn.Parameter]:

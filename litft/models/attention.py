@@ -1,12 +1,15 @@
-"""Attention in which packed documents never see each other, registered with transformers under the name `litft_packed`.
+"""Attention in which packed documents never see each other, registered with transformers.
 
-One causal attention call a document: a dense block-diagonal mask over the whole pack costs about 7 times more on a CPU.
-Sliding windows, soft caps and attention sinks are honoured, so every model that routes its attention through
-transformers' `AttentionInterface` may use it.
+`litft_packed` is the fast one: blocks of dense products on a CPU, torch's variable-length flash attention on a GPU.
+`litft_plain` is one call of `scaled_dot_product_attention` a document, or the formula written out; the fast one falls
+back to it for what its kernels can't do. Sliding windows, soft caps and attention sinks are honoured by both, so every
+model that routes its attention through transformers' `AttentionInterface` may use them.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NAME = "litft_packed"
+from litft.models.block_attention import block_attention
+
+NAME, PLAIN = "litft_packed", "litft_plain"
+FLASH_HEAD_DIM = 256  # the widest head of flash attention
 
 
 def packed_attention(
@@ -31,10 +37,10 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    document_bounds: Sequence[int] | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal self-attention within each document.
+    """Causal self-attention within each document, by the fastest kernel there is for it.
 
     Args:
         module: the attention module, part of the interface's signature; unused.
@@ -49,8 +55,8 @@ def packed_attention(
         s_aux: one learned sink score a head [heads] (gpt-oss), or None.
         cu_seq_lens_q: where documents begin and the last one ends [documents + 1], transformers' name; None where each
             row is one document.
-        document_bounds: the same as numbers on the host: read from a GPU they would cost a wait in every layer.
-        kwargs: what other attention implementations want; ignored, but a position bias is refused.
+        max_length_q: tokens of the longest document, or a bound on it.
+        kwargs: what other attention implementations want; `document_bounds` goes to `plain_attention`.
 
     Returns:
         The attended values [rows, tokens, heads, value_dim], and None in place of attention weights.
@@ -58,8 +64,72 @@ def packed_attention(
     Raises:
         ValueError: for attention that cannot be packed.
     """
-    if kwargs.get("position_bias") is not None:
-        raise ValueError("packed attention takes no position bias")
+    _refuse_position_bias(kwargs)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    window = sliding_window or 0
+    if cu_seq_lens_q is not None and not dropout and query.shape[0] == 1:
+        q, k, v = (_as_autocast(x) for x in (query, key, value))
+        if q.device.type == "cpu":
+            return block_attention(q, k, v, cu_seq_lens_q, s_aux, scale, softcap or 0.0, window), None
+        if softcap is None and s_aux is None and _flash_takes(q, k, v):
+            from torch.nn.attention.varlen import varlen_attn
+
+            longest = max_length_q or q.shape[2]
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            see = (window - 1 if window else -1, 0)
+            grouped: dict[str, Any] = {}
+            if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+                grouped["enable_gqa"] = True  # torch 2.11 doesn't ask
+            bounds = cu_seq_lens_q, cu_seq_lens_q, longest, longest
+            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=see, **grouped)[None], None
+    return plain_attention(
+        module,
+        query,
+        key,
+        value,
+        scaling=scale,
+        dropout=dropout,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        s_aux=s_aux,
+        cu_seq_lens_q=cu_seq_lens_q,
+        **kwargs,
+    )
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """What autocast would make of an operand: rotary embeddings leave queries and keys in fp32."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    halves = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and halves and q.shape[3] == v.shape[3] <= FLASH_HEAD_DIM and q.shape[3] % 8 == 0
+
+
+def plain_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    document_bounds: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal self-attention within each document, one call a document; see `packed_attention`.
+
+    Args:
+        document_bounds: `cu_seq_lens_q` as numbers on the host: read from a GPU they would cost a wait in every layer.
+    """
+    _refuse_position_bias(kwargs)
     bounds = document_bounds
     if bounds is None:
         bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
@@ -76,6 +146,11 @@ def packed_attention(
             )
         parts.append(part.transpose(1, 2))
     return torch.cat(parts, dim=1), None
+
+
+def _refuse_position_bias(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("packed attention takes no position bias")
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor:
@@ -109,9 +184,28 @@ def _explicit(
     return F.dropout(weights, dropout, training=dropout > 0) @ v
 
 
-def register() -> str:
-    """Make the implementation known to transformers; returns the name for `attn_implementation`."""
+def register(fast: bool = True) -> str:
+    """Make both implementations known to transformers; returns the name for `attn_implementation`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    return NAME
+    AttentionInterface.register(PLAIN, plain_attention)
+    return NAME if fast else PLAIN
+
+
+def best(config: Any, device: torch.device, half: bool, fast: bool = True) -> str:
+    """The implementation to train a model with.
+
+    Args:
+        config: the model's.
+        device: where it runs.
+        half: computed in 16 bits.
+        fast: False for `litft_plain`.
+
+    Returns:
+        transformers' name: ours, or an installed FlashAttention for soft caps on a GPU, which torch's has no argument for.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if fast and capped and device.type == "cuda" and half and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return register(fast)

@@ -6,29 +6,37 @@ of its forward.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litft.losses.router import load_balance
 from litft.models import attention
+from litft.models.head import find_head
 
 
 class CausalLM(nn.Module):
     """Negative log-probabilities of the target tokens of a batch.
 
+    Only the hidden states at target positions meet the vocabulary matrix.
+
     Args:
-        model: a transformers causal language model; its own forward applies what the family does to logits (soft caps,
-            scales), only the hidden states at target positions meet the vocabulary matrix.
+        model: a transformers causal language model.
         balance_experts: hand out the router's balance loss too, for mixtures of experts.
+        fast_loss: never hold all logits; False, or a head that does more than `litft.models.head` knows, takes them from
+            the model.
+
+    Attributes:
+        head: the model's head as the fast loss sees it, or None.
     """
 
-    def __init__(self, model: nn.Module, balance_experts: bool = False) -> None:
+    def __init__(self, model: nn.Module, balance_experts: bool = False, fast_loss: bool = True) -> None:
         super().__init__()
         self.model: Any = model
         self.balance_experts = balance_experts
+        self.head = find_head(model) if fast_loss else None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the model over a micro-batch.
@@ -43,8 +51,18 @@ class CausalLM(nn.Module):
         Raises:
             RuntimeError: for a packed row where the model's attention wouldn't keep documents apart.
         """
-        output, logits = self._run(batch)
-        found = {"nll": F.cross_entropy(logits.float(), batch["target_ids"], reduction="none")}
+        with nullcontext() if self.head is None else self.head.held_back() as caught:
+            output = self.model(**self._inputs(batch))
+        last = output.logits if self.head is None else caught[0]
+        if "attention_mask" in batch:
+            rows, columns = _rows_and_columns(batch)
+            last = last[rows, columns.unique(return_inverse=True)[1]]
+        else:
+            last = last[0]
+        if self.head is None:
+            found = {"nll": F.cross_entropy(last.float(), batch["target_ids"], reduction="none")}
+        else:
+            found = {"nll": self.head.nll(last, batch["target_ids"])}
         if self.balance_experts:
             router_logits = output.router_logits
             if "attention_mask" in batch:
@@ -57,25 +75,27 @@ class CausalLM(nn.Module):
     def _experts_per_token(self) -> int:
         return self.model.config.num_experts_per_tok
 
-    def _run(self, batch: dict[str, Any]) -> tuple[Any, Tensor]:
-        """The model's output, and its logits at the target positions [targets, vocabulary]."""
-        positions = batch["target_positions"]
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model is called with, so that it keeps documents apart and only the positions of targets."""
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         if self.balance_experts:
             inputs["output_router_logits"] = True
         if "attention_mask" in batch:  # padded rows: the columns in which any row has a target
-            width = batch["input_ids"].shape[1]
-            columns, inverse = torch.unique(positions % width, return_inverse=True)
-            output = self.model(**inputs, attention_mask=batch["attention_mask"], logits_to_keep=columns)
-            return output, output.logits[positions // width, inverse]
+            columns = _rows_and_columns(batch)[1].unique()
+            return inputs | {"attention_mask": batch["attention_mask"], "logits_to_keep": columns}
         implementation = self.model.config._attn_implementation
-        if implementation == attention.NAME:
+        bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
+        inputs |= {"logits_to_keep": batch["target_positions"], "cu_seq_lens_q": bounds, "max_length_q": longest}
+        if implementation in (attention.NAME, attention.PLAIN):
             inputs["document_bounds"] = batch["document_bounds"]
         elif implementation in ("flash_attention_2", "flash_attention_3"):
-            bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
-            inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-            inputs |= {"max_length_q": longest, "max_length_k": longest}
+            inputs |= {"cu_seq_lens_k": bounds, "max_length_k": longest}
         else:  # sdpa and eager go by restarting position_ids, which several models don't hand to their mask
             raise RuntimeError(f"documents in a packed row would see each other under {implementation} attention")
-        output = self.model(**inputs, logits_to_keep=positions)
-        return output, output.logits[0]
+        return inputs
+
+
+def _rows_and_columns(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Where the hidden states that predict targets lie in padded rows."""
+    width = batch["input_ids"].shape[1]
+    return batch["target_positions"] // width, batch["target_positions"] % width
