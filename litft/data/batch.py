@@ -13,7 +13,7 @@ Document = tuple[np.ndarray, np.ndarray]
 """Token ids (int) and which of them are trained (bool), both [tokens]."""
 
 
-def pack_documents(documents: Sequence[Document], denominator: float) -> Batch:
+def pack_documents(documents: Sequence[Document], denominator: float, multiple: int = 1, pad_id: int = 0) -> Batch:
     """Lay whole documents end to end in one flat row.
 
     A document's first token is never a target: nothing of its own precedes it.
@@ -21,13 +21,19 @@ def pack_documents(documents: Sequence[Document], denominator: float) -> Batch:
     Args:
         documents: the documents, at least one.
         denominator: what the summed loss is divided by; the same for all micro-batches of an optimizer step.
+        multiple: the row is filled up to a multiple of so many slots, with one more document that has no targets.
+        pad_id: the token that fills it.
 
     Returns:
-        `input_ids`, `position_ids` (restarting at each document) [1, tokens]; `cu_seqlens` [documents + 1] int32, and
+        `input_ids`, `position_ids` (restarting at each document) [1, slots]; `cu_seqlens` [documents + 1] int32, and
         as a tuple on the host `document_bounds`; `max_seqlen` (int); `target_positions` (which hidden states predict a
         trained token), `target_ids` and `document_ids` of the targets, each [targets]; `denominator` (float tensor);
-        `tokens` and `trained` (ints).
+        `tokens` (those of the documents) and `trained` (ints).
     """
+    real = sum(len(ids) for ids, _ in documents)
+    if real % multiple:
+        filling = multiple - real % multiple
+        documents = [*documents, (np.full(filling, pad_id), np.zeros(filling, bool))]
     lengths = np.array([len(ids) for ids, _ in documents])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
@@ -45,7 +51,7 @@ def pack_documents(documents: Sequence[Document], denominator: float) -> Batch:
         "target_ids": torch.from_numpy(ids[targets]),
         "document_ids": torch.from_numpy(np.repeat(np.arange(len(documents)), lengths)[targets]),
         "denominator": torch.tensor(denominator, dtype=torch.float32),
-        "tokens": int(starts[-1]),
+        "tokens": real,
         "trained": len(targets),
     }
 

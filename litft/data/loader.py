@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from litft.data.batch import Batch, Document, pack_documents, pad_documents
 
+SLOTS = 64
+"""Packed rows are filled up to a multiple of this: the matrix libraries make a kernel for every new length."""
 Step = dict[str, Any]
 """`micro_batches` (this rank's), and over all ranks: `tokens`, `trained`, `rows` (ids of the rows in it)."""
 
@@ -31,7 +33,10 @@ def make_batch(
     if not documents:
         ids, trained = read(spare)
         documents = [(ids[:8], np.zeros_like(trained[:8]))]
-    batch = pack_documents(documents, denominator) if packing else pad_documents(documents, denominator, pad_id)
+    if packing:
+        batch = pack_documents(documents, denominator, SLOTS, pad_id)
+    else:
+        batch = pad_documents(documents, denominator, pad_id)
     if not len(rows):
         batch["tokens"] = 0
     return batch

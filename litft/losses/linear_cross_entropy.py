@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 BLOCK = 2**28
 """Logits that are held at a time: 1,766 rows of a vocabulary of 152k. Each block reads the whole matrix anew, so few and
 large ones are best."""
+ROWS = 128
+"""Rows are filled up to a multiple of this: the matrix libraries make a kernel for every new number of them."""
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are made fp32 at a time: what fits a CPU's cache, and little beside a block on a GPU."""
 
@@ -71,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             gradients = _Gradients(ctx, hidden, weight, bias)
             wanted = ctx.ahead and (to_hidden or to_matrix)
-            for rows, logits in gradients.blocks(targets):
+            for rows, logits in gradients.blocks():
                 nll[rows] = _nll(logits, targets[rows], scale, softcap, gradient=wanted)
                 if wanted:
                     gradients.add(rows, logits)
@@ -94,9 +97,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             with torch.autocast(hidden.device.type, enabled=False):
                 gradients = _Gradients(ctx, hidden, weight, bias)
-                for rows, logits in gradients.blocks(targets):
+                for rows, logits in gradients.blocks():
                     _nll(logits, targets[rows], ctx.scale, ctx.softcap, gradient=True)
-                    gradients.add(rows, logits.mul_(above[rows, None]))
+                    real = above[rows, None]
+                    logits[: len(real)].mul_(real)
+                    gradients.add(rows, logits)
                 d_hidden, d_weight, d_bias = gradients.found
         return d_hidden, d_weight, d_bias, None, None, None, None
 
@@ -105,7 +110,10 @@ class _Gradients:
     """The gradients of hidden states, matrix and bias, each where it is needed, gathered from blocks of rows."""
 
     def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.hidden, self.weight = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        self.real = len(hidden)
+        self.count = -(-self.real // ROWS) * ROWS
+        self.hidden = F.pad(hidden.to(ctx.dtype), (0, 0, 0, self.count - self.real))
+        self.weight = weight.to(ctx.dtype)
         self.bias = None if bias is None else bias.to(ctx.dtype)
         to_hidden, self.to_weight, self.to_bias = ctx.needs_input_grad[:3]
         self.d_hidden = torch.empty_like(self.hidden) if to_hidden else None
@@ -119,37 +127,36 @@ class _Gradients:
             self.d_weight = torch.zeros_like(self.weight)
         if self.to_bias and self.d_bias is None:
             self.d_bias = self.weight.new_zeros(len(self.weight))
-        return self.d_hidden, self.d_weight, self.d_bias
+        return None if self.d_hidden is None else self.d_hidden[: self.real], self.d_weight, self.d_bias
 
-    def blocks(self, targets: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The logits [rows, vocabulary] of one block after another, in the same memory."""
-        count = max(1, BLOCK // len(self.weight))
-        blocks = -(-len(targets) // count)
-        buffer = None
-        for index in range(blocks):  # of even size
-            rows = slice(index * len(targets) // blocks, (index + 1) * len(targets) // blocks)
-            if buffer is None or len(buffer) != rows.stop - rows.start:
-                buffer = self.hidden.new_empty(rows.stop - rows.start, len(self.weight))
-            torch.mm(self.hidden[rows], self.weight.t(), out=buffer)
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The logits [rows, vocabulary] of one block after another, in the same memory; the last rows may be filling."""
+        most = max(ROWS, BLOCK // len(self.weight) // ROWS * ROWS)
+        blocks = -(-self.count // most)
+        rows = -(-self.count // max(1, blocks) // ROWS) * ROWS  # of even size
+        buffer = self.hidden.new_empty(rows, len(self.weight))
+        for start in range(0, self.count, max(1, rows)):
+            part = slice(start, min(start + rows, self.count))
+            logits = torch.mm(self.hidden[part], self.weight.t(), out=buffer[: part.stop - start])
             if self.bias is not None:
-                buffer.add_(self.bias)
-            yield rows, buffer
+                logits.add_(self.bias)
+            yield part, logits
 
     def add(self, rows: slice, d_logits: Tensor) -> None:
         """Take the gradient of a block of logits in."""
-        hidden = self.hidden[rows]
         if self.d_hidden is not None:
             torch.mm(d_logits, self.weight, out=self.d_hidden[rows])
         if self.to_weight:
-            part = d_logits.t() @ hidden
+            part = d_logits.t() @ self.hidden[rows]  # filling rows are zero
             self.d_weight = part if self.d_weight is None else self.d_weight.float().add_(part)
         if self.to_bias:
-            part = d_logits.sum(0, dtype=torch.float32)
+            real = d_logits[: max(0, self.real - rows.start)]
+            part = real.sum(0, dtype=torch.float32)
             self.d_bias = part if self.d_bias is None else self.d_bias.add_(part)
 
 
 def _nll(logits: Tensor, targets: Tensor, scale: float, softcap: float, gradient: bool) -> Tensor:
-    """fp32 losses [rows]; with `gradient` the logits [rows, vocabulary] are replaced by their gradient."""
+    """fp32 losses [targets]; with `gradient` the first logits [rows, vocabulary] are replaced by their gradient."""
     found = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
     count = max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[1])
     for start in range(0, len(targets), count):

@@ -71,6 +71,11 @@ def _round_up(length: int) -> int:
     return -(-length // GRAIN) * GRAIN
 
 
+def _filled(x: Tensor, length: int) -> Tensor:
+    """`x` [..., tokens, dim] with zeros up to `length` tokens."""
+    return x if x.shape[-2] == length else F.pad(x, (0, 0, 0, length - x.shape[-2]))
+
+
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -154,15 +159,15 @@ def block_attention(
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     if sinks is None and not softcap and not window:  # the forward pass of torch's kernel is fast
         for start, end in pairwise(cu_seqlens.tolist()):
+            # rounded up as well: queries past the end see the next document, and nobody sees them
+            rows = slice(start, start + _round_up(end - start))
             part = F.scaled_dot_product_attention(
-                q[:, :, start:end],
-                k[:, :, start:end],
-                v[:, :, start:end],
+                *(_filled(x[:, :, rows], rows.stop - start) for x in (q, k, v)),
                 is_causal=True,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
-            out[:, start:end] = part.transpose(1, 2)
+            out[:, start:end] = part[:, :, : end - start].transpose(1, 2)
         return out
     by_head = out[0].transpose(0, 1)
     with _products(q.dtype):
