@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import platform
-from pathlib import Path
-
 import torch
 
 from litft.errors import UserError
+from litft.models.cpu import fast_bf16
 
 
 def default_precision(accelerator: str = "auto") -> str:
@@ -19,7 +16,7 @@ def default_precision(accelerator: str = "auto") -> str:
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    if accelerator in ("auto", "cpu") and fast_bf16_cpu():
+    if accelerator in ("auto", "cpu") and fast_bf16():
         return "bf16-mixed"
     return "32-true"
 
@@ -38,16 +35,3 @@ def check_precision(precision: str) -> None:
             f"precision {precision} rounds away what is learnt (updates below 2^-8 of a weight vanish)\n"
             "mend: bf16-mixed keeps what is trained in fp32 and computes in bf16"
         )
-
-
-@functools.cache
-def fast_bf16_cpu() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm's bf16 on Linux)."""
-    if platform.system() != "Linux":
-        return False
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))

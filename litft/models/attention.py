@@ -1,6 +1,6 @@
 """Attention in which packed documents never see each other, registered with transformers.
 
-`litft_packed` is the fast one: blocks of dense products on a CPU, torch's variable-length flash attention on a GPU.
+`litft_packed` is the fast one: kernels of our own on a CPU, torch's variable-length flash attention on a GPU.
 `litft_plain` is one call of `scaled_dot_product_attention` a document, or the formula written out; the fast one falls
 back to it for what its kernels can't do. Sliding windows, soft caps and attention sinks are honoured by both, so every
 model that routes its attention through transformers' `AttentionInterface` may use them.
@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
-from litft.models.block_attention import block_attention
+from litft.models.cpu_attention import cpu_attention
 
 NAME, PLAIN = "litft_packed", "litft_plain"
 FLASH_HEAD_DIM = 256  # the widest head of flash attention
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 doesn't want to be told that key heads may be fewer."""
 
 
 def packed_attention(
@@ -70,18 +73,13 @@ def packed_attention(
     if cu_seq_lens_q is not None and not dropout and query.shape[0] == 1:
         q, k, v = (_as_autocast(x) for x in (query, key, value))
         if q.device.type == "cpu":
-            return block_attention(q, k, v, cu_seq_lens_q, s_aux, scale, softcap or 0.0, window), None
+            return cpu_attention(q, k, v, cu_seq_lens_q, s_aux, scale, softcap or 0.0, window)[0], None
         if softcap is None and s_aux is None and _flash_takes(q, k, v):
-            from torch.nn.attention.varlen import varlen_attn
-
             longest = max_length_q or q.shape[2]
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             see = (window - 1 if window else -1, 0)
-            grouped: dict[str, Any] = {}
-            if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-                grouped["enable_gqa"] = True  # torch 2.11 doesn't ask
             bounds = cu_seq_lens_q, cu_seq_lens_q, longest, longest
-            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=see, **grouped)[None], None
+            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=see, **GROUPED)[None], None
     return plain_attention(
         module,
         query,

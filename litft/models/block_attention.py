@@ -1,4 +1,4 @@
-"""Attention over packed documents on a CPU: dense matrix products over blocks of queries.
+"""Attention over packed documents on any CPU: dense matrix products over blocks of queries.
 
 torch's flash kernel for CPUs takes eight times as long for the backward pass of a short document as for the forward
 pass. Blocks of ordinary products take about a third of that. Lengths are rounded up to a few sizes, because the matrix
@@ -130,8 +130,7 @@ def _products(dtype: torch.dtype) -> Iterator[None]:
             matmul.fp32_precision = before
 
 
-@torch.library.custom_op("litft::block_attention", mutates_args=())
-def block_attention(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -141,21 +140,7 @@ def block_attention(
     softcap: float,
     window: int,
 ) -> Tensor:
-    """Causal self-attention within each document of a packed row.
-
-    Args:
-        q: [1, heads, tokens, head_dim].
-        k: [1, kv_heads, tokens, head_dim].
-        v: [1, kv_heads, tokens, value_dim].
-        cu_seqlens: where documents begin and the last one ends [documents + 1].
-        sinks: a score a head [heads] that takes weight and gives nothing (gpt-oss), or None.
-        scale: factor on the scores.
-        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2); 0 leaves them.
-        window: tokens each query sees, itself included; 0 for all before it.
-
-    Returns:
-        The attended values [1, tokens, heads, value_dim].
-    """
+    """The attended values [1, tokens, heads, value_dim]; the arguments are those of `cpu_attention`."""
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     if sinks is None and not softcap and not window:  # the forward pass of torch's kernel is fast
         for start, end in pairwise(cu_seqlens.tolist()):
@@ -178,8 +163,7 @@ def block_attention(
     return out
 
 
-@torch.library.custom_op("litft::block_attention_backward", mutates_args=())
-def block_attention_backward(
+def backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -217,29 +201,3 @@ def block_attention_backward(
             dk[0, :, everything], dv[0, :, everything] = to_k[:, : doc.real], to_v[:, : doc.real]
     return dq, dk, dv, dsinks if sinks is None else dsinks.to(sinks.dtype)
 
-
-@block_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
-
-
-@block_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sinks: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.softcap, ctx.window = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: recomputing hands them out once
-    dq, dk, dv, dsinks = block_attention_backward(grad, *saved, ctx.scale, ctx.softcap, ctx.window)
-    return dq, dk, dv, None, dsinks if saved[4] is not None else None, None, None, None
-
-
-block_attention.register_autograd(_backward, setup_context=_keep)

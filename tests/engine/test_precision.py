@@ -11,6 +11,7 @@ import torch
 
 from litft import UserError
 from litft.engine import precision
+from litft.models import cpu
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_default_precision(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu_bf16)
-    monkeypatch.setattr(precision, "fast_bf16_cpu", lambda: cpu_bf16)
+    monkeypatch.setattr(precision, "fast_bf16", lambda: cpu_bf16)
     assert precision.default_precision(accelerator) == expected
 
 
@@ -45,9 +46,10 @@ def test_default_precision(
     ],
 )
 def test_fast_bf16_by_the_cpus_flags(cpuinfo: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(cpu.platform, "system", lambda: "Linux")
     monkeypatch.setattr(Path, "read_text", lambda self, *a: io.StringIO(cpuinfo).read())
-    assert precision.fast_bf16_cpu.__wrapped__() is fast
+    monkeypatch.setattr(cpu, "flags", cpu.flags.__wrapped__)
+    assert cpu.fast_bf16() is fast
 
 
 @pytest.mark.parametrize("name", ["bf16-true", "16-true"])

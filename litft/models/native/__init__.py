@@ -1,0 +1,139 @@
+"""What is written in C++, compiled once on the machine that runs it, and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litft.models import cpu
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler, as torch.compile would find it; None where there is none."""
+    return next(filter(None, map(shutil.which, [os.environ.get("CXX") or "g++", "clang++"])), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled attention; None where it cannot be built, or where this CPU lacks products in bf16.
+
+    Building takes some two seconds, once for a machine and a version of torch.
+    """
+    if platform.system() != "Linux" or not cpu.fast_bf16() or compiler() is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+        return loaded if loaded.litft_attention_runs_here() else None
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None
+
+
+def _built() -> Path:
+    from torch.utils.cpp_extension import include_paths
+
+    from litft.models.alias import cache_dir
+
+    torch_lib = Path(torch.__file__).parent / "lib"
+    wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+    flags = ["-std=c++20", "-O3", "-march=native", *wide, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-w"]
+    # torch's own OpenMP: a second one would bring a second set of threads
+    openmp = [str(path) for path in torch_lib.glob("libgomp*.so*")] or ["-fopenmp"]
+    parts = [SOURCE.read_text(), torch.__version__, str(compiler()), *sorted(cpu.flags()), *flags]
+    place = cache_dir() / "native" / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:20]}.so"
+    if place.exists():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:  # beside its place, then renamed
+        compiled, linked = f"{folder}/attention.o", f"{folder}/attention.so"
+        include = [f"-I{path}" for path in include_paths()]
+        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=300)
+        run([compiler(), *flags, *include, "-c", str(SOURCE), "-o", compiled])
+        run([compiler(), "-shared", compiled, "-o", linked, f"-L{torch_lib}", "-ltorch_cpu", "-lc10", *openmp])
+        os.replace(linked, place)
+    return place
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of attention.cpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("head", ctypes.c_int64), ("token", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Matrix:
+        return cls(x.data_ptr(), x.stride(1), x.stride(2))
+
+
+class _Shape(ctypes.Structure):
+    """`Shape` of attention.cpp."""
+
+    _fields_ = (
+        ("bounds", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in "documents tokens heads kv_heads dim value_dim window".split()),
+        ("scale", ctypes.c_float),
+    )
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor, scale: float, window: int
+) -> None:
+    """Fill `out` and `lse`.
+
+    Args:
+        q: bf16 [1, heads, tokens, dim], as all of these.
+        k: of fewer heads, perhaps.
+        v: with a dimension of its own.
+        out: the attended values.
+        lse: log-sum-exp of each query's scores, fp32 [heads, tokens].
+        bounds: where documents begin and the last one ends, int32 [documents + 1].
+        scale: factor on the scores.
+        window: tokens a query sees; 0 for all before it.
+    """
+    _call("litft_attention", [q, k, v], lse, [out], bounds, scale, window)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    bounds: Tensor,
+    scale: float,
+    window: int,
+) -> None:
+    """Fill `dq`, `dk` and `dv` from the gradient of `out`; the other arguments are those of `attention`."""
+    _call("litft_attention_backward", [q, k, v, grad, out], lse, [dq, dk, dv], bounds, scale, window)
+
+
+def _call(
+    name: str, inputs: list[Tensor], lse: Tensor, outputs: list[Tensor], bounds: Tensor, scale: float, window: int
+) -> None:
+    inputs, bounds = list(map(_readable, inputs)), bounds.to(torch.int32)
+    q, k, v = inputs[:3]
+    sizes = q.shape[2], q.shape[1], k.shape[1], q.shape[3], v.shape[3], window
+    shape = _Shape(bounds.data_ptr(), len(bounds) - 1, *sizes, scale)
+    matrices = [[ctypes.byref(_Matrix.of(x)) for x in some] for some in (inputs, outputs)]
+    getattr(library(), name)(*matrices[0], ctypes.c_void_p(lse.data_ptr()), *matrices[1], ctypes.byref(shape))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A tensor that the kernels can read: rows without gaps, beginning at a whole word of two numbers."""
+    even = x.stride(1) % 2 == x.stride(2) % 2 == x.data_ptr() % 4 == 0
+    return x if x.stride(3) == 1 and even else x.contiguous()
