@@ -194,6 +194,14 @@ class ChatData(LightningDataModule):
         return self
 
     @property
+    def total_tokens(self) -> int:
+        """Tokens that the run reads, nearly: whole epochs are counted, the last one by its share of steps."""
+        plan = self._planned()
+        epoch, index = plan.locate(self.total_steps - 1)
+        tokens = int(plan.lengths[epoch_order(plan.file_of_row, plan.weights, plan.seed, 0)].sum())
+        return round(tokens * (epoch + (index + 1) / len(plan.steps(epoch))))
+
+    @property
     def run_seed(self) -> int:
         """`seed`, or the one that `seed_everything` has set, or 0."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))

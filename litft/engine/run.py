@@ -100,14 +100,23 @@ class _Opening(Callback):
     """Says what learns once the model is built, and begins the run's files once its checkpoint has been accepted."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
-        self.begin = begin
+        self.begin, self.said = begin, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             print(model_line(pl_module), flush=True)
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._say(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._say(trainer, pl_module)
         self.begin()
+
+    def _say(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and not self.said and str(pl_module.compiled):
+            print(f"       {pl_module.compiled}", flush=True)
+        self.said = True
 
 
 def run(

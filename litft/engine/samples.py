@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from litft.data.conversation import Conversation
 from litft.errors import UserError
 from litft.methods.base import Method
+from litft.models.compiled import eager
 
 
 class Samples(Callback):
@@ -97,7 +98,7 @@ def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: in
     bundle = ChatModel(model, method.tokenizer, settings, set(settings.eos_token_id or ()), encoder)
     device = next(model.parameters()).device
     half = getattr(method, "compute_dtype", None)
-    with _answering(model), torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
+    with eager(), _answering(model), torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
         return generate(bundle, questions, max_new_tokens=max_new_tokens, temperature=0)
 
 

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from litft.data.batch import Batch
+from litft.data.batch import Batch, pack_documents
 from litft.data.loader import Step
 from litft.engine.guard import clip_and_guard
 from litft.engine.optimizers import build_optimizer, check_name
@@ -21,6 +22,8 @@ from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
 from litft.models.alias import DEFAULT_MODEL
+from litft.models.compiled import Compiled, compile_layers, earns
+from litft.models.cpu import keep_freed_memory
 from litft.tuners import LoRA, Tuner, merge_adapter
 
 
@@ -41,6 +44,7 @@ class Method(LightningModule):
         warmup: steps of warmup, or a share of the run where below 1.
         min_lr: learning rate at the end.
         clip: greatest global norm of the gradient; 0 doesn't clip.
+        compile: compile each decoder layer; `auto` where the run is long enough to earn the time it takes back.
         recompute: keep all activations, or recompute every layer's in the backward pass (less memory, more time).
         add_tokens: give tokens of the chat template that the tokenizer lacks new, trained rows in the embedding.
         balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where
@@ -64,6 +68,7 @@ class Method(LightningModule):
         warmup: float = 0.03,
         min_lr: float = 0.0,
         clip: float = 1.0,
+        compile: Literal["auto", "true", "false"] | bool = "auto",
         recompute: Literal["none", "full"] = "none",
         add_tokens: bool = False,
         balance_experts: float | None = None,
@@ -83,6 +88,7 @@ class Method(LightningModule):
         self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
         self.fast_attention, self.fast_loss = fast_attention, fast_loss
+        self.compile_layers = str(compile).lower()
         at_least_0 = {"lr": self.lr, "weight_decay": weight_decay, "warmup": warmup, "min_lr": min_lr, "clip": clip}
         at_least_0 |= {"balance_experts": balance_experts or 0, "max_bad_steps": max_bad_steps}
         for name, value in at_least_0.items():
@@ -95,6 +101,8 @@ class Method(LightningModule):
             raise UserError(f"--model.min_lr {min_lr}: is above --model.lr {self.lr}")
         self.new_tokens: list[str] = []
         self.total_steps: int | None = None
+        self.run_tokens: int | None = None
+        self.compiled = Compiled()
         self.grad_norm: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
 
@@ -167,6 +175,8 @@ class Method(LightningModule):
         from litft.models.causal_lm import CausalLM
         from litft.models.load import add_rows, load_model
 
+        if torch.device(device).type == "cpu":
+            keep_freed_memory()
         self.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
         dtype = torch.float32 if self.tuner.trains_base or self.compute_dtype is None else self.compute_dtype
         implementation = None
@@ -202,6 +212,41 @@ class Method(LightningModule):
         self.net = CausalLM(model, balance_experts=bool(self.balance), fast_loss=self.fast_loss)
         return self
 
+    def on_fit_start(self) -> None:
+        """Compile the layers, before anything has run; Trainer's hook."""
+        with self.trainer.precision_plugin.forward_context():
+            self.compile_if_worth()
+
+    def compile_if_worth(self) -> None:
+        """Compile the model's layers where that is asked for, or pays; the model is on its device.
+
+        Raises:
+            UserError: `compile: true` where it can't be.
+        """
+        from litft.models.attention import opaque_to_compiler
+
+        model: Any = self.net.model
+        device = next(model.parameters()).device
+        if self.compile_layers == "false" or self.net.compiled:
+            return
+        reason = opaque_to_compiler(model, device, self.compute_dtype is not None)
+        if reason and self.compile_layers == "true":
+            raise UserError(f"--model.compile true: {reason}\nmend: leave it at auto")
+        if reason or not (
+            self.compile_layers == "true"
+            or earns(self.applied.total, self.run_tokens, device, self.tuner.trains_base)
+        ):
+            return
+
+        def first_pass() -> None:
+            documents = [(np.zeros(length, np.int64), np.ones(length, bool)) for length in (40, 24)]
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack_documents(documents, 64).items()}
+            torch.autograd.grad(self.loss(batch), list(self.trainable_parameters()), allow_unused=True)
+
+        self.net.compiled = True
+        self.compiled = compile_layers(model, first_pass)
+        self.net.compiled = not self.compiled.failed
+
     def trainable_parameters(self) -> Iterator[torch.nn.Parameter]:
         """The parameters that learn."""
         return (p for p in self.net.parameters() if p.requires_grad)
@@ -221,7 +266,7 @@ class Method(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise TypeError("hand the data to Trainer.fit as `datamodule`, not as loaders: the plan is part of it")
-        self.total_steps = data.total_steps
+        self.total_steps, self.run_tokens = data.total_steps, data.total_tokens
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what the tuner trains, and its schedule over the run's exact number of steps."""

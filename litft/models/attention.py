@@ -207,3 +207,25 @@ def best(config: Any, device: torch.device, half: bool, fast: bool = True) -> st
     if fast and capped and device.type == "cuda" and half and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return register(fast)
+
+
+def opaque_to_compiler(model: Any, device: torch.device, half: bool) -> str | None:
+    """Why a model's attention can't be part of a compiled layer; None where one of our operators takes all of it.
+
+    Args:
+        model: with its attention chosen.
+        device: where it runs.
+        half: computed in 16 bits.
+    """
+    config = model.config.get_text_config()
+    if model.config._attn_implementation != NAME:
+        return f"its attention is {model.config._attn_implementation}"
+    if any(getattr(config, name, None) for name in ("attention_dropout", "attn_pdrop")):
+        return "its attention has dropout"
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or not half:
+        return f"there is no packed attention in {'16' if half else '32'} bits on {device.type}"
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "model_type", "") == "gpt_oss":
+        return "torch's flash attention has no soft caps and no sinks"
+    return None

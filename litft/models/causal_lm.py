@@ -30,6 +30,7 @@ class CausalLM(nn.Module):
 
     Attributes:
         head: the model's head as the fast loss sees it, or None.
+        compiled: whether the model's layers are compiled.
     """
 
     def __init__(self, model: nn.Module, balance_experts: bool = False, fast_loss: bool = True) -> None:
@@ -37,6 +38,7 @@ class CausalLM(nn.Module):
         self.model: Any = model
         self.balance_experts = balance_experts
         self.head = find_head(model) if fast_loss else None
+        self.compiled = False
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the model over a micro-batch.
@@ -87,7 +89,8 @@ class CausalLM(nn.Module):
         bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
         inputs |= {"logits_to_keep": batch["target_positions"], "cu_seq_lens_q": bounds, "max_length_q": longest}
         if implementation in (attention.NAME, attention.PLAIN):
-            inputs["document_bounds"] = batch["document_bounds"]
+            if not self.compiled:  # to a compiled layer other bounds would be another graph, and it does without
+                inputs["document_bounds"] = batch["document_bounds"]
         elif implementation in ("flash_attention_2", "flash_attention_3"):
             inputs |= {"cu_seq_lens_k": bounds, "max_length_k": longest}
         else:  # sdpa and eager go by restarting position_ids, which several models don't hand to their mask
