@@ -324,7 +324,6 @@ def test_c1_what_can_pack_says_yes_to_is_packed_exactly(family: str) -> None:
         ("bloom", "interface"),
         ("mpt", "interface"),
         ("falcon", "interface"),
-        ("gptj", "interface"),
         ("bert", "looks ahead"),
         ("llama4_text", "chunked_attention"),
     ],
