@@ -1,0 +1,234 @@
+"""litft against every installed peer, on the same rows, each arm in a process of its own.
+
+    python -m extensions.benchmark.race --device cpu --tuner full,lora --data gsm8k_train.jsonl --json race.json
+
+Each peer runs at its best: the fastest of its grid of settings, tried one key after another and printed. The arms then
+take turns A B B A; the first steps of each are left out. An arm whose loss at any step is more than 2% off that of a plain
+fp32 loop over the same rows is disqualified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from extensions.benchmark.job import Job, Result, run_arm
+
+PEERS = ("trainer", "trl")
+TOLERANCE = 0.02
+PROBE_STEPS, PROBE_WARM_UP = 3, 1
+
+
+def encode(source: str, model: str, folder: Path, limit: int) -> Path:
+    """The rows of a file as every arm reads them: ids and labels by litft's own encoder, which equals the template's.
+
+    Args:
+        source: chats.
+        model: whose tokenizer and template.
+        folder: to write to.
+        limit: rows.
+    """
+    from litft import SFT, ChatData
+
+    data = ChatData(source, val_fraction=0.0)
+    data.prepare(SFT(model), max_epochs=1)
+    path = folder / "rows.jsonl"
+    with path.open("w") as file:
+        for index in range(min(limit, len(data.selection))):
+            ids, trained = data.selection.read(index)
+            labels = [int(i) if t else -100 for i, t in zip(ids, trained, strict=True)]
+            file.write(json.dumps({"input_ids": [int(i) for i in ids], "labels": labels}) + "\n")
+    return path
+
+
+def say(text: str) -> None:
+    """Print, at once."""
+    print(text, flush=True)
+
+
+def at_its_best(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The fastest setting of an arm's grid, one key after another, and what was tried."""
+    grid = importlib.import_module(f"extensions.benchmark.arms.{job.arm}").GRID
+    best = {key: values[0] for key, values in grid.items()}
+    tried: list[dict[str, Any]] = []
+    speeds: dict[str, float] = {}
+
+    def speed(setting: dict[str, Any]) -> float:
+        key = json.dumps(setting)
+        if key not in speeds:
+            found = run_arm(replace(job, setting=setting, steps=PROBE_STEPS))
+            speeds[key] = 0.0 if found.error else found.rate(PROBE_WARM_UP)
+            tried.append({**setting, "tokens_per_s": round(speeds[key], 1), "error": found.error})
+            say(f"    {job.arm} {setting}: {found.error or f'{speeds[key]:.0f} tok/s'}")
+        return speeds[key]
+
+    for key, values in grid.items():
+        best = max(({**best, key: value} for value in values), key=speed)
+    return best, tried
+
+
+def check(job: Job, results: list[Result], references: dict[str, list[float]]) -> tuple[float, list[float]]:
+    """The greatest deviation from the reference's losses, and those losses."""
+    groups = results[0].groups
+    key = json.dumps([job.tuner, groups])
+    if key not in references:
+        found = run_arm(replace(job, arm="reference", groups=groups, steps=len(groups)))
+        if found.error:
+            raise RuntimeError(f"the reference failed: {found.error}")
+        references[key] = found.losses
+    expected = references[key]
+    worst = max(abs(a - b) / b for r in results for a, b in zip(r.losses, expected, strict=False))
+    return worst, expected
+
+
+def race(job: Job, peers: list[str], warm_up: int) -> dict[str, Any]:
+    """One tuner's race; returns what the report shows."""
+    settings: dict[str, dict[str, Any]] = {"litft": {}}
+    tried: dict[str, Any] = {}
+    for peer in peers:
+        settings[peer], tried[peer] = at_its_best(replace(job, arm=peer))
+    order = list(settings)
+    found: dict[str, list[Result]] = {arm: [] for arm in order}
+    floors = [run_arm(replace(job, arm="floor"))]
+    for arm in order + order[::-1]:
+        result = run_arm(replace(job, arm=arm, setting=settings[arm]))
+        text = result.error or f"{result.rate(warm_up):.0f} tok/s, peak {result.peak_gb:.2f} GB"
+        say(f"  {job.tuner:<5} {arm:<8} {settings[arm]}: {text}")
+        found[arm].append(result)
+    floors.append(run_arm(replace(job, arm="floor")))
+    if floor_error := next((f.error for f in floors if f.error), ""):
+        raise RuntimeError(f"the floor failed: {floor_error}")
+    floor = statistics.mean(f.tokens[0] / f.seconds[0] for f in floors)
+    references: dict[str, list[float]] = {}
+    arms: dict[str, Any] = {}
+    for arm, results in found.items():
+        if error := next((r.error for r in results if r.error), ""):
+            arms[arm] = {"error": error, "setting": settings[arm]}
+            continue
+        worst, expected = check(job, results, references)
+        rate = statistics.median(r.rate(warm_up) for r in results)
+        arms[arm] = {
+            "setting": settings[arm],
+            "tokens_per_s": rate,
+            "each": [r.rate(warm_up) for r in results],
+            "trained_tokens_per_s": statistics.median(r.rate(warm_up, "trained") for r in results),
+            "peak_gb": max(r.peak_gb for r in results),
+            "floor_share": rate / floor,
+            "deviation": worst,
+            "disqualified": worst > TOLERANCE,
+            "losses": results[0].losses,
+            "reference": expected,
+            "seconds": [r.seconds for r in results],
+            "packing": sum(results[0].tokens) / sum(results[0].notes.get("slots", results[0].tokens)),
+            "notes": [r.notes for r in results],
+            "versions": results[0].versions,
+        }
+    for entry in arms.values():
+        if "error" not in entry:
+            entry["litft_is"] = arms["litft"]["tokens_per_s"] / entry["tokens_per_s"]
+    parts = {name: [f.notes["parts"][name] for f in floors] for name in floors[0].notes["parts"]}
+    return {"arms": arms, "tried": tried, "floor_tokens_per_s": floor, "floor_parts_s": parts}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in Path("/proc/cpuinfo").read_text()]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": name, "features": flags, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+
+
+def table(tuner: str, outcome: dict[str, Any]) -> str:
+    """The race as Markdown."""
+    from litft.engine import floor
+
+    lines = [
+        f"### {tuner}",
+        "",
+        "| arm | real tok/s | trained tok/s | peak GB | share of the floor | litft is | largest loss deviation | setting |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, e in outcome["arms"].items():
+        if "error" in e:
+            lines.append(f"| {arm} | failed: {e['error']} | | | | | | {e['setting']} |")
+            continue
+        out = " (disqualified)" if e["disqualified"] else ""
+        each = " / ".join(f"{rate:.0f}" for rate in e["each"])
+        lines.append(
+            f"| {arm}{out} | {e['tokens_per_s']:.0f} ({each}) | {e['trained_tokens_per_s']:.0f} | {e['peak_gb']:.2f} "
+            f"| {e['floor_share']:.1%} | {e['litft_is']:.2f}x | {e['deviation']:.2%} | {e['setting'] or 'defaults'} |"
+        )
+    parts = ", ".join(f"{name} {min(v):.3f}-{max(v):.3f} s" for name, v in outcome["floor_parts_s"].items())
+    formula = (floor.__doc__ or "").split("\n\n")[1]
+    lines += ["", f"Floor: {outcome['floor_tokens_per_s']:.0f} tok/s ({parts} a micro-batch).", "", "```", formula, "```"]
+    for peer, tried in outcome["tried"].items():
+        lines += ["", f"Grid of {peer}:", ""]
+        lines += [f"- {({k: v for k, v in t.items() if k != 'error'})} {t['error']}".rstrip() for t in tried]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the races that the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--tuner", default="full,lora", help="full, lora, qlora; several with commas")
+    parser.add_argument("--data", default="tutorials/data/quickstart.jsonl", help="chats")
+    parser.add_argument("--model", help="a folder; the default model where not said")
+    parser.add_argument("--rows", type=int, default=2000, help="of the data, at most")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm_up", type=int, default=6, help="steps of each run that don't count")
+    parser.add_argument("--rows_per_step", type=int, default=16)
+    parser.add_argument("--tokens_per_step", type=int, default=4096)
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--json", help="where the figures go")
+    parser.add_argument("--markdown", help="where the report goes")
+    args = parser.parse_args(argv)
+    from litft.models.alias import default_model
+
+    model = args.model or str(default_model())
+    started, report = time.time(), {}
+    peers = [peer for peer in args.peers.split(",") if peer]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = encode(args.data, model, Path(folder), args.rows)
+        for tuner in args.tuner.split(","):
+            job = Job(
+                arm="litft",
+                model=model,
+                rows=str(rows),
+                source=str(Path(args.data).absolute()),
+                tuner=tuner,
+                steps=args.steps,
+                rows_per_step=args.rows_per_step,
+                tokens_per_step=args.tokens_per_step,
+                lr=2e-5 if tuner == "full" else 2e-4,
+                device=args.device,
+            )
+            report[tuner] = race(job, peers, args.warm_up)
+            say("\n" + table(tuner, report[tuner]) + "\n")
+    options = {k: v for k, v in vars(args).items() if k not in ("json", "markdown")}
+    whole = {"machine": machine(), "options": options, "date": time.strftime("%Y-%m-%d"), "races": report}
+    whole["seconds"] = round(time.time() - started)
+    if args.json:
+        Path(args.json).write_text(json.dumps(whole, indent=1, default=asdict) + "\n")
+    if args.markdown:
+        head = [f"# Race of {whole['date']}", "", f"Machine: {whole['machine']}. Options: {options}.", ""]
+        Path(args.markdown).write_text("\n".join(head + [table(t, r) + "\n" for t, r in report.items()]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

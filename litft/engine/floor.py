@@ -1,0 +1,177 @@
+"""How fast a step could be: the time that its matrix products alone take on this machine.
+
+    floor = sum of products            of every linear layer: forward, and backward to its input; to its weight where
+                                       that learns; of adapters 2 forward and 4 backward
+          + head                       the same over the trained tokens only
+          + 7/2 products a head        of attention, 2 forward and 5 backward, half of each causal
+
+each timed by itself in 16 bits (in fp32 where the run is), in the shapes of the run. MFU counts the operations of the same
+products, 2 a multiplication, and divides by the rate of one large product on the same machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+REPEATS = 5
+TURN = 2e-3
+"""Seconds that a turn of timing takes at least."""
+LARGE = 4096
+"""Side of the product that stands for what the machine can do."""
+
+
+@dataclass
+class Floor:
+    """The products of a micro-batch.
+
+    Attributes:
+        seconds: of each part: blocks, adapters, head, attention.
+        operations: that they are made of, 2 a multiplication.
+        peak: operations a second of one large product.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    operations: float = 0.0
+    peak: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of a micro-batch that has nothing else to do."""
+        return sum(self.seconds.values())
+
+    def share(self, seconds: float) -> float:
+        """What part of a micro-batch's real time is the floor."""
+        return self.total / seconds
+
+    def mfu(self, seconds: float) -> float:
+        """The model's operations over what the machine could do in that time."""
+        return self.operations / (self.peak * seconds)
+
+
+class _Clock:
+    """Times products by shape, each once."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.known: dict[tuple[Any, ...], float] = {}
+
+    def __call__(self, m: int, k: int, n: int, kind: str = "plain", batch: int = 0) -> float:
+        """Seconds of [m, k] times [k, n], the factors lying in memory as training has them.
+
+        Args:
+            m: rows.
+            k: what is summed over.
+            n: columns.
+            kind: `forward`: the right factor is a weight's transpose; `weight`: the left one is a transpose; `plain`.
+            batch: so many products at once; 0 for one.
+        """
+        key = (m, k, n, kind, batch)
+        if key not in self.known:
+            some = (batch,) if batch else ()
+            make = {"device": self.device, "dtype": self.dtype}
+            left = torch.randn(*some, k, m, **make).mT if kind == "weight" else torch.randn(*some, m, k, **make)
+            right = torch.randn(*some, n, k, **make).mT if kind == "forward" else torch.randn(*some, k, n, **make)
+            out = torch.empty(*some, m, n, **make)
+            self.known[key] = self.time(lambda: torch.matmul(left, right, out=out))
+        return self.known[key]
+
+    def time(self, work: Callable[[], object]) -> float:
+        """Seconds of one run: the median of some turns, each long enough for the clock."""
+        runs = 1
+        found: list[float] = []
+        while len(found) < REPEATS:
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(runs):
+                work()
+            self._wait()
+            took = time.perf_counter() - start
+            if took < TURN and not found:
+                runs *= 2
+            else:
+                found.append(took / runs)
+        return statistics.median(found)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def linear_layers(model: Any) -> list[tuple[str, int, int, bool, int]]:
+    """Name, outputs, inputs, whether the weight learns, and the rank of its adapter (0: none), of every linear layer."""
+    from litft.tuners.layers import LoRALinear
+    from litft.tuners.targets import is_linear
+
+    found = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        rank, base = 0, module
+        if isinstance(module, LoRALinear):
+            rank, base = module.r, module.base_layer
+            inside.add(base)
+        if not is_linear(base):
+            continue
+        if isinstance(module, LoRALinear):
+            outputs, inputs = module.lora_B.shape[0], module.lora_A.shape[1]
+        elif hasattr(base, "out_features"):
+            outputs, inputs = base.out_features, base.in_features  # type: ignore[assignment]
+        else:
+            inputs, outputs = base.weight.shape  # type: ignore[union-attr,misc]  # GPT-2's Conv1D
+        weight: Any = base.weight
+        found.append((name, int(outputs), int(inputs), bool(weight.requires_grad), rank))
+    return found
+
+
+def measure(
+    model: Any, tokens: int, trained: int, attended: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Floor:
+    """Time the products of a micro-batch.
+
+    Args:
+        model: a transformers model, its tuner applied. Fused experts are left out: a floor that is too low.
+        tokens: real tokens of the micro-batch.
+        trained: of them, in the loss.
+        attended: length of the typical document as attention sees it, sum of squares over sum.
+        device: where it runs.
+        dtype: it computes in.
+    """
+    clock, floor = _Clock(device, dtype), Floor()
+    seconds = dict.fromkeys(("blocks", "adapters", "head", "attention"), 0.0)
+    head = model.get_output_embeddings()
+    for name, out, into, learns, rank in linear_layers(model):
+        is_head = model.get_submodule(name) is head
+        rows = trained if is_head else tokens
+        count = 2 + learns
+        took = clock(rows, into, out, "forward") + clock(rows, out, into)
+        took += clock(out, rows, into, "weight") if learns else 0.0
+        seconds["head" if is_head else "blocks"] += took
+        floor.operations += 2.0 * count * rows * out * into
+        if rank:
+            down, up = clock(rows, into, rank, "forward"), clock(rows, rank, out, "forward")
+            back = clock(rows, out, rank) + clock(out, rows, rank, "weight")
+            back += clock(rank, rows, into, "weight") + clock(rows, rank, into)
+            seconds["adapters"] += down + up + back
+            floor.operations += 2.0 * 3 * rows * rank * (out + into)
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    length = max(32, attended // 32 * 32)
+    documents = tokens / length
+    batch = heads * max(1, round(documents)) if device.type == "cuda" else heads
+    one = clock(length, dim, length, "forward", batch) * heads / batch
+    layers = config.num_hidden_layers
+    seconds["attention"] = layers * documents * 3.5 * one
+    floor.operations += layers * tokens * 6.0 * heads * dim * attended
+    floor.seconds = seconds
+    side = LARGE if device.type == "cuda" else LARGE // 2
+    floor.peak = 2.0 * side**3 / clock(side, side, side)
+    return floor
