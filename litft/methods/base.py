@@ -25,6 +25,7 @@ from litft.models.alias import DEFAULT_MODEL
 from litft.models.compiled import Compiled, compile_layers, earns
 from litft.models.cpu import keep_freed_memory
 from litft.tuners import LoRA, Tuner, merge_adapter
+from litft.tuners.low_rank import share_inputs
 
 
 class Method(LightningModule):
@@ -52,6 +53,7 @@ class Method(LightningModule):
         max_bad_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
         fast_attention: attention over packed documents by the fastest kernels; off, one plain call a document.
         fast_loss: the loss without ever holding all logits; off, the model's own logits and plain cross-entropy.
+        fast_lora: adapters inside the products of the layers they adapt; off, products of their own.
         revision: of the model on the hub.
         trust_remote_code: run the Python code that a model folder brings. Only for models whose code you have read.
     """
@@ -75,6 +77,7 @@ class Method(LightningModule):
         max_bad_steps: int = 10,
         fast_attention: bool = True,
         fast_loss: bool = True,
+        fast_lora: bool = True,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -87,7 +90,7 @@ class Method(LightningModule):
         self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
         self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
-        self.fast_attention, self.fast_loss = fast_attention, fast_loss
+        self.fast_attention, self.fast_loss, self.fast_lora = fast_attention, fast_loss, fast_lora
         self.compile_layers = str(compile).lower()
         at_least_0 = {"lr": self.lr, "weight_decay": weight_decay, "warmup": warmup, "min_lr": min_lr, "clip": clip}
         at_least_0 |= {"balance_experts": balance_experts or 0, "max_bad_steps": max_bad_steps}
@@ -201,6 +204,8 @@ class Method(LightningModule):
         self.applied = self.tuner.apply(model)
         if adapter is not None and isinstance(self.tuner, LoRA):
             self.tuner.load(model, adapter)
+        if self.fast_lora and isinstance(self.tuner, LoRA):
+            share_inputs(model)
         if self.recompute == "full":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -239,8 +244,9 @@ class Method(LightningModule):
             return
 
         def first_pass() -> None:
-            documents = [(np.zeros(length, np.int64), np.ones(length, bool)) for length in (40, 24)]
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack_documents(documents, 64).items()}
+            # lengths that are nobody's width: a dimension that equals another one would be taken for it
+            documents = [(np.zeros(length, np.int64), np.ones(length, bool)) for length in (41, 32)]
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack_documents(documents, 73).items()}
             torch.autograd.grad(self.loss(batch), list(self.trainable_parameters()), allow_unused=True)
 
         self.net.compiled = True

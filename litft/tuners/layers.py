@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from litft.errors import UserError
+from litft.tuners.low_rank import SharedInput
 from litft.tuners.quant import is_quantised, weight_matrix
 
 Init = Literal["default", "gaussian", "pissa"]
@@ -94,6 +95,13 @@ class LoRALinear(Adapter):
         self.lora_magnitude_vector: nn.Parameter | None = None
         if dora:
             self.lora_magnitude_vector = nn.Parameter(self.weight_norm())
+        self.shared: SharedInput | None = None  # computes this layer, where `share_inputs` has been called
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the fused operator can be this layer: a plain weight, and nothing between the products."""
+        base: Any = self.base_layer
+        return type(base) is nn.Linear and not self.dropout and self.lora_magnitude_vector is None
 
     @torch.no_grad()
     def _split_off_principal_part(self) -> None:
@@ -151,6 +159,8 @@ class LoRALinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
+        if self.shared is not None and self.enabled:
+            return self.shared(self, x)
         y = self.base_layer(x)
         A: Tensor | None = self.lora_A if self.enabled else self.initial_A
         B: Tensor | None = self.lora_B if self.enabled else self.initial_B
@@ -161,7 +171,7 @@ class LoRALinear(Adapter):
         A, B = A.to(y.dtype), B.to(y.dtype)
         hidden = F.linear(x.to(y.dtype), A).reshape(-1, self.r)
         if self.lora_magnitude_vector is None or not self.enabled:
-            return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, B.T, alpha=self.scale).view(y.shape)
+            return y.reshape(-1, y.shape[-1]).addmm_(hidden, B.T, alpha=self.scale).view(y.shape)
         # Lengths change by less than bf16 resolves, so they multiply in fp32.
         factor = self.lora_magnitude_vector / self.weight_norm()
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
