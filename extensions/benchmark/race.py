@@ -2,9 +2,9 @@
 
     python -m extensions.benchmark.race --device cpu --tuner full,lora --data gsm8k_train.jsonl --json race.json
 
-Each peer runs at its best: the fastest of its grid of settings, tried one key after another and printed. The arms then
-take turns A B B A; the first steps of each are left out. An arm whose loss at any step is more than 2% off that of a plain
-fp32 loop over the same rows is disqualified.
+Each peer runs at its best: the fastest of its grid of settings, tried one key after another and printed. The arms
+then take turns A B B A; the first steps of each are left out. An arm whose loss at any step is more than 2% off that of
+a plain fp32 loop over the same rows is disqualified.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def table(tuner: str, outcome: dict[str, Any]) -> str:
     lines = [
         f"### {tuner}",
         "",
-        "| arm | real tok/s | trained tok/s | peak GB | share of the floor | litft is | largest loss deviation | setting |",
+        "| arm | real tok/s | trained tok/s | peak GB | share of the floor | litft is | loss off by | setting |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm, e in outcome["arms"].items():
@@ -174,10 +174,17 @@ def table(tuner: str, outcome: dict[str, Any]) -> str:
         )
     parts = ", ".join(f"{name} {min(v):.3f}-{max(v):.3f} s" for name, v in outcome["floor_parts_s"].items())
     formula = (floor.__doc__ or "").split("\n\n")[1]
-    lines += ["", f"Floor: {outcome['floor_tokens_per_s']:.0f} tok/s ({parts} a micro-batch).", "", "```", formula, "```"]
+    lines += [
+        "",
+        f"Floor: {outcome['floor_tokens_per_s']:.0f} tok/s ({parts} a micro-batch).",
+        "",
+        "```",
+        formula,
+        "```",
+    ]
     for peer, tried in outcome["tried"].items():
         lines += ["", f"Grid of {peer}:", ""]
-        lines += [f"- {({k: v for k, v in t.items() if k != 'error'})} {t['error']}".rstrip() for t in tried]
+        lines += [f"- { ({k: v for k, v in t.items() if k != 'error'}) } {t['error']}".rstrip() for t in tried]
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@
           + head                       the same over the trained tokens only
           + 7/2 products a head        of attention, 2 forward and 5 backward, half of each causal
 
-each timed by itself in 16 bits (in fp32 where the run is), in the shapes of the run. MFU counts the operations of the same
-products, 2 a multiplication, and divides by the rate of one large product on the same machine.
+each timed by itself in 16 bits (in fp32 where the run is), in the shapes of the run. MFU counts the operations of the
+same products, 2 a multiplication, and divides by the rate of one large product on the same machine.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Clock:
         key = (m, k, n, kind, batch)
         if key not in self.known:
             some = (batch,) if batch else ()
-            make = {"device": self.device, "dtype": self.dtype}
+            make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
             left = torch.randn(*some, k, m, **make).mT if kind == "weight" else torch.randn(*some, m, k, **make)
             right = torch.randn(*some, n, k, **make).mT if kind == "forward" else torch.randn(*some, k, n, **make)
             out = torch.empty(*some, m, n, **make)
@@ -105,7 +105,7 @@ class _Clock:
 
 
 def linear_layers(model: Any) -> list[tuple[str, int, int, bool, int]]:
-    """Name, outputs, inputs, whether the weight learns, and the rank of its adapter (0: none), of every linear layer."""
+    """Of every linear layer: name, outputs, inputs, whether the weight learns, the rank of its adapter (0: none)."""
     from litft.tuners.layers import LoRALinear
     from litft.tuners.targets import is_linear
 
@@ -114,7 +114,7 @@ def linear_layers(model: Any) -> list[tuple[str, int, int, bool, int]]:
     for name, module in model.named_modules():
         if module in inside:
             continue
-        rank, base = 0, module
+        rank, base = 0, module  # type: int, Any
         if isinstance(module, LoRALinear):
             rank, base = module.r, module.base_layer
             inside.add(base)
@@ -123,9 +123,9 @@ def linear_layers(model: Any) -> list[tuple[str, int, int, bool, int]]:
         if isinstance(module, LoRALinear):
             outputs, inputs = module.lora_B.shape[0], module.lora_A.shape[1]
         elif hasattr(base, "out_features"):
-            outputs, inputs = base.out_features, base.in_features  # type: ignore[assignment]
+            outputs, inputs = base.out_features, base.in_features
         else:
-            inputs, outputs = base.weight.shape  # type: ignore[union-attr,misc]  # GPT-2's Conv1D
+            inputs, outputs = base.weight.shape  # GPT-2's Conv1D
         weight: Any = base.weight
         found.append((name, int(outputs), int(inputs), bool(weight.requires_grad), rank))
     return found

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+EPSILON = 1e-6  # torch's own clipping adds it to the norm
+
 
 def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimizer, max_norm: float | None) -> Tensor:
     """Clip gradients by their global norm and make the optimizer skip the step where that norm isn't finite.
 
-    A fused optimizer reads the verdict on the device (the argument that loss scaling uses), so no step waits for the
-    device; for others the gradients of a bad step are dropped, and an optimizer leaves parameters without one alone.
+    A fused optimizer reads the verdict and the factor on the device (the arguments that loss scaling uses), so no step
+    waits for the device and gradients are read once; for others the gradients of a bad step are dropped, and an
+    optimizer leaves parameters without one alone.
 
     Args:
         parameters: what is trained.
@@ -26,10 +30,12 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if getattr(optimizer, "defaults", {}).get("fused"):
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        fused: Any = optimizer
+        fused.found_inf = (~torch.isfinite(norm)).float()
+        # divided by on the way into the update, which saves a pass over all gradients
+        fused.grad_scale = ((norm + EPSILON) / max_norm).clamp(min=1.0).float() if max_norm else None
     elif not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
-        return norm
-    if max_norm:
+    elif max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

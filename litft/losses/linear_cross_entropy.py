@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK = 2**28
-"""Logits that are held at a time: 1,766 rows of a vocabulary of 152k. Each block reads the whole matrix anew, so few and
-large ones are best."""
+"""Logits that are held at a time: 1,766 rows of a vocabulary of 152k. Each block reads the whole matrix anew, so few
+and large ones are best."""
 ROWS = 128
 """Rows are filled up to a multiple of this: the matrix libraries make a kernel for every new number of them."""
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
@@ -130,7 +130,7 @@ class _Gradients:
         return None if self.d_hidden is None else self.d_hidden[: self.real], self.d_weight, self.d_bias
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The logits [rows, vocabulary] of one block after another, in the same memory; the last rows may be filling."""
+        """The logits [rows, vocabulary] of one block after another, in the same memory; the last rows may be empty."""
         most = max(ROWS, BLOCK // len(self.weight) // ROWS * ROWS)
         blocks = -(-self.count // most)
         rows = -(-self.count // max(1, blocks) // ROWS) * ROWS  # of even size

@@ -238,8 +238,7 @@ class Method(LightningModule):
         if reason and self.compile_layers == "true":
             raise UserError(f"--model.compile true: {reason}\nmend: leave it at auto")
         if reason or not (
-            self.compile_layers == "true"
-            or earns(self.applied.total, self.run_tokens, device, self.tuner.trains_base)
+            self.compile_layers == "true" or earns(self.applied.total, self.run_tokens, device, self.tuner.trains_base)
         ):
             return
 

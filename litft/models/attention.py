@@ -23,7 +23,7 @@ from litft.models.cpu_attention import cpu_attention
 
 NAME, PLAIN = "litft_packed", "litft_plain"
 FLASH_HEAD_DIM = 256  # the widest head of flash attention
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch 2.11 doesn't want to be told that key heads may be fewer."""
 
 
@@ -79,7 +79,8 @@ def packed_attention(
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             see = (window - 1 if window else -1, 0)
             bounds = cu_seq_lens_q, cu_seq_lens_q, longest, longest
-            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=see, **GROUPED)[None], None
+            out: Any = varlen_attn(q, k, v, *bounds, scale=scale, window_size=see, **GROUPED)
+            return out[None], None
     return plain_attention(
         module,
         query,
@@ -122,10 +123,10 @@ def plain_attention(
     document_bounds: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal self-attention within each document, one call a document; see `packed_attention`.
+    """Causal self-attention within each document, one call a document.
 
-    Args:
-        document_bounds: `cu_seq_lens_q` as numbers on the host: read from a GPU they would cost a wait in every layer.
+    As `packed_attention`; `document_bounds` is `cu_seq_lens_q` as numbers on the host, because to read it from a GPU
+    would cost a wait in every layer.
     """
     _refuse_position_bias(kwargs)
     bounds = document_bounds
@@ -201,7 +202,7 @@ def best(config: Any, device: torch.device, half: bool, fast: bool = True) -> st
         fast: False for `litft_plain`.
 
     Returns:
-        transformers' name: ours, or an installed FlashAttention for soft caps on a GPU, which torch's has no argument for.
+        transformers' name: ours, or an installed FlashAttention for soft caps on a GPU, which torch's doesn't know.
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if fast and capped and device.type == "cuda" and half and importlib.util.find_spec("flash_attn"):

@@ -146,8 +146,11 @@ def forward(
         for start, end in pairwise(cu_seqlens.tolist()):
             # rounded up as well: queries past the end see the next document, and nobody sees them
             rows = slice(start, start + _round_up(end - start))
+            a, b, c = (_filled(x[:, :, rows], rows.stop - start) for x in (q, k, v))
             part = F.scaled_dot_product_attention(
-                *(_filled(x[:, :, rows], rows.stop - start) for x in (q, k, v)),
+                a,
+                b,
+                c,
                 is_causal=True,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
@@ -200,4 +203,3 @@ def backward(
             everything = doc.within(slice(0, doc.length))
             dk[0, :, everything], dv[0, :, everything] = to_k[:, : doc.real], to_v[:, : doc.real]
     return dq, dk, dv, dsinks if sinks is None else dsinks.to(sinks.dtype)
-

@@ -6,7 +6,6 @@ of its forward.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ class CausalLM(nn.Module):
     Args:
         model: a transformers causal language model.
         balance_experts: hand out the router's balance loss too, for mixtures of experts.
-        fast_loss: never hold all logits; False, or a head that does more than `litft.models.head` knows, takes them from
-            the model.
+        fast_loss: never hold all logits; False, or a head that does more than `litft.models.head` knows, takes them
+            from the model.
 
     Attributes:
         head: the model's head as the fast loss sees it, or None.
@@ -53,9 +52,13 @@ class CausalLM(nn.Module):
         Raises:
             RuntimeError: for a packed row where the model's attention wouldn't keep documents apart.
         """
-        with nullcontext() if self.head is None else self.head.held_back() as caught:
+        if self.head is None:
             output = self.model(**self._inputs(batch))
-        last = output.logits if self.head is None else caught[0]
+            last = output.logits
+        else:
+            with self.head.held_back() as caught:
+                output = self.model(**self._inputs(batch))
+            last = caught[0]
         if "attention_mask" in batch:
             rows, columns = _rows_and_columns(batch)
             last = last[rows, columns.unique(return_inverse=True)[1]]

@@ -40,4 +40,4 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
-    return all([mallopt(key, value) for key, value in settings.items()])
+    return all(list(map(mallopt, settings.keys(), settings.values())))

@@ -38,8 +38,8 @@ def cpu_attention(
         window: tokens each query sees, itself included; 0 for all before it.
 
     Returns:
-        The attended values [1, tokens, heads, value_dim], and what the backward pass wants of the scores: the log-sum-exp
-        of each query's [heads, tokens], empty where it does without.
+        The attended values [1, tokens, heads, value_dim], and what the backward pass wants of the scores: the
+        log-sum-exp of each query's [heads, tokens], empty where it does without.
     """
     if not _native(q, v, sinks, softcap):
         return block_attention.forward(q, k, v, cu_seqlens, sinks, scale, softcap, window), _no_lse(q)

@@ -171,7 +171,7 @@ class LoRALinear(Adapter):
         A, B = A.to(y.dtype), B.to(y.dtype)
         hidden = F.linear(x.to(y.dtype), A).reshape(-1, self.r)
         if self.lora_magnitude_vector is None or not self.enabled:
-            return y.reshape(-1, y.shape[-1]).addmm_(hidden, B.T, alpha=self.scale).view(y.shape)
+            return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, B.T, alpha=self.scale).view(y.shape)
         # Lengths change by less than bf16 resolves, so they multiply in fp32.
         factor = self.lora_magnitude_vector / self.weight_norm()
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]

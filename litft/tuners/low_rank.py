@@ -157,8 +157,8 @@ def _outputs(layers: list[Any], x: Tensor) -> list[Tensor]:
 def share_inputs(model: Any) -> int:
     """Let the LoRA layers of a model be computed by the fused operator, those with the same input together.
 
-    Which these are shows in a forward pass over two tokens: layers of one parent, called one after another with the very
-    same tensor.
+    Which these are shows in a forward pass over two tokens: layers of one parent, called one after another with the
+    very same tensor.
 
     Args:
         model: a transformers model with LoRA applied.

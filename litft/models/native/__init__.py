@@ -42,15 +42,13 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    from torch.utils.cpp_extension import include_paths
-
     from litft.models.alias import cache_dir
 
-    torch_lib = Path(torch.__file__).parent / "lib"
+    torch_root = Path(torch.__file__).parent
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    flags = ["-std=c++20", "-O3", "-march=native", *wide, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-w"]
+    flags = ["-std=c++20", "-O3", "-march=native", *wide, "-fno-math-errno", "-fopenmp", "-fPIC", "-w"]
     # torch's own OpenMP: a second one would bring a second set of threads
-    openmp = [str(path) for path in torch_lib.glob("libgomp*.so*")] or ["-fopenmp"]
+    openmp = [str(path) for path in torch_root.glob("lib/libgomp*.so*")] or ["-fopenmp"]
     parts = [SOURCE.read_text(), torch.__version__, str(compiler()), *sorted(cpu.flags()), *flags]
     place = cache_dir() / "native" / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:20]}.so"
     if place.exists():
@@ -58,10 +56,9 @@ def _built() -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:  # beside its place, then renamed
         compiled, linked = f"{folder}/attention.o", f"{folder}/attention.so"
-        include = [f"-I{path}" for path in include_paths()]
         run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=300)
-        run([compiler(), *flags, *include, "-c", str(SOURCE), "-o", compiled])
-        run([compiler(), "-shared", compiled, "-o", linked, f"-L{torch_lib}", "-ltorch_cpu", "-lc10", *openmp])
+        run([compiler(), *flags, f"-I{torch_root}/include", "-c", str(SOURCE), "-o", compiled])
+        run([compiler(), "-shared", compiled, "-o", linked, f"-L{torch_root}/lib", "-ltorch_cpu", "-lc10", *openmp])
         os.replace(linked, place)
     return place
 
@@ -76,12 +73,15 @@ class _Matrix(ctypes.Structure):
         return cls(x.data_ptr(), x.stride(1), x.stride(2))
 
 
+SIZES = ("documents", "tokens", "heads", "kv_heads", "dim", "value_dim", "window")
+
+
 class _Shape(ctypes.Structure):
     """`Shape` of attention.cpp."""
 
     _fields_ = (
         ("bounds", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in "documents tokens heads kv_heads dim value_dim window".split()),
+        *((name, ctypes.c_int64) for name in SIZES),
         ("scale", ctypes.c_float),
     )
 

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 using at::native::cpublas::brgemm;
@@ -34,40 +35,58 @@ namespace {
 
 constexpr int64_t kGrain = 32;              // sizes are rounded up to it: torch makes a kernel for every new size
 constexpr int64_t kRows = 128, kKeys = 256;  // a tile of scores
+constexpr int64_t kLanes = 16;               // numbers that are worked on at once
 
 int64_t round_up(int64_t n) { return (n + kGrain - 1) / kGrain * kGrain; }
 
-inline uint32_t bits(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return u;
+// Sixteen numbers: one register with AVX512, two or four with less.
+using Floats = float __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Shorts = uint16_t __attribute__((vector_size(32)));
+
+inline Floats load(const float* x) {
+  Floats v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
 }
 
-inline float from_bits(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
+inline Floats load(const half* x) {
+  Shorts v;
+  std::memcpy(&v, x, sizeof v);
+  return (Floats)(__builtin_convertvector(v, Words) << 16);
 }
 
-// The bf16 nearest to x, ties to even.
-inline uint32_t rounded(float x) {
-  const uint32_t u = bits(x);
+template <class T, class V>
+inline void store(T* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// The bf16 nearest to each, ties to even, in the lower half of a word.
+inline Words rounded(Floats x) {
+  const Words u = (Words)x;
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-// exp(x) for x <= 0, to 2e-7 of itself (Cephes' polynomial); a loop over it becomes vector code. NaN stays NaN.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float n = std::nearbyintf(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+// exp(x) for x <= 0, to 2e-7 of itself (Cephes' polynomial); 0 below -87.
+inline Floats exponential(Floats x) {
+  constexpr float shift = 12582912.f;  // adding it rounds to whole numbers
+  const Floats n = (x * 1.44269504f + shift) - shift;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return from_bits(bits(p) + (static_cast<uint32_t>(static_cast<int32_t>(n)) << 23));
+  const Words scaled = (Words)p + ((Words) __builtin_convertvector(n, Ints) << 23);
+  return (Floats)(scaled & ~(Words)(x < -87.0f));
 }
 
 // Rows of x [real, dim], zeros up to `rows`.
@@ -76,30 +95,57 @@ void copy_rows(const half* x, int64_t stride, int64_t real, int64_t rows, int64_
   std::memset(static_cast<void*>(out + real * dim), 0, (rows - real) * dim * sizeof(half));
 }
 
-// [rows, columns] -> [columns, rows], a few cache lines at a time.
-template <class In, class Out>
-void transpose(const In* x, int64_t stride, int64_t rows, int64_t columns, Out* out, int64_t out_stride) {
-  constexpr int64_t side = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += side)
-    for (int64_t c0 = 0; c0 < columns; c0 += side)
-      for (int64_t r = r0; r < std::min(rows, r0 + side); ++r)
-        for (int64_t c = c0; c < std::min(columns, c0 + side); ++c)
-          out[c * out_stride + r] = static_cast<Out>(x[r * stride + c]);
+// Swaps the off-diagonal quarters of every square of 2 * side words in two rows that lie `side` apart.
+template <int side, int... lane>
+inline void exchange(Words& a, Words& b, std::integer_sequence<int, lane...>) {
+  const Words low = __builtin_shufflevector(a, b, (lane & side ? 16 + lane - side : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & side ? 16 + lane : lane + side)...);
+  a = low;
 }
 
-// x [real, dim] as the right-hand factor x^T: words of two columns [dim / 2, rows].
-void pack_turned(const half* x, int64_t stride, int64_t real, int64_t rows, int64_t dim, uint32_t* out) {
-  transpose(reinterpret_cast<const uint32_t*>(x), stride / 2, real, dim / 2, out, rows);
-  for (int64_t c = 0; c < dim / 2; ++c) std::fill(out + c * rows + real, out + (c + 1) * rows, 0u);
+template <int side>
+inline void exchange(Words (&row)[16]) {
+  for (int i = 0; i < 16; ++i)
+    if (!(i & side)) exchange<side>(row[i], row[i + side], std::make_integer_sequence<int, 16>());
 }
 
-// x [real, dim] as the right-hand factor x: words of two rows [rows / 2, dim].
-void pack(const half* x, int64_t stride, int64_t real, int64_t rows, int64_t dim, uint32_t* out) {
-  for (int64_t r = 0; r < rows; r += 2, out += dim) {
-    const uint16_t* even = reinterpret_cast<const uint16_t*>(x + r * stride);
-    const uint16_t* odd = even + stride;
-    for (int64_t c = 0; c < dim; ++c)
-      out[c] = (r < real ? even[c] : 0u) | (r + 1 < real ? static_cast<uint32_t>(odd[c]) << 16 : 0u);
+// [rows, columns] -> [columns, rows], of words, both multiples of 16 (Eklundh 1972).
+void transpose(const void* x, int64_t stride, int64_t rows, int64_t columns, void* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t c = 0; c < columns; c += 16) {
+      Words row[16];
+      for (int i = 0; i < 16; ++i) std::memcpy(&row[i], static_cast<const uint32_t*>(x) + (r + i) * stride + c, 64);
+      exchange<8>(row);
+      exchange<4>(row);
+      exchange<2>(row);
+      exchange<1>(row);
+      for (int i = 0; i < 16; ++i) std::memcpy(static_cast<uint32_t*>(out) + (c + i) * out_stride + r, &row[i], 64);
+    }
+}
+
+// x [rows, dim] as the right-hand factor x^T: words of two columns [dim / 2, rows].
+void pack_turned(const half* x, int64_t rows, int64_t dim, uint32_t* out) { transpose(x, dim / 2, rows, dim / 2, out, rows); }
+
+// x [rows, dim] as the right-hand factor x: words of two rows [rows / 2, dim].
+void pack(const half* x, int64_t rows, int64_t dim, uint32_t* out) {
+  const uint16_t* even = reinterpret_cast<const uint16_t*>(x);
+  for (int64_t r = 0; r < rows; r += 2, even += 2 * dim, out += dim) {
+    for (int64_t c = 0; c < dim; ++c) out[c] = even[c] | (static_cast<uint32_t>(even[dim + c]) << 16);
+  }
+}
+
+// x [rows, dim] -> [dim, rows], by way of words of two rows.
+void turn(const half* x, int64_t rows, int64_t dim, uint32_t* scratch, half* out) {
+  pack(x, rows, dim, scratch);
+  transpose(scratch, dim, rows / 2, dim, out, rows / 2);
+}
+
+// A gradient [dim, keys] into the rows of a matrix; `scratch` holds as many numbers.
+void write_turned(const float* x, int64_t keys, int64_t dim, int64_t real, float* scratch, const Matrix& to, int64_t head, int64_t start) {
+  transpose(x, keys, dim, keys, scratch, dim);
+  for (int64_t j = 0; j < real; ++j) {
+    half* row = to.at(head, start + j);
+    for (int64_t c = 0; c < dim; ++c) row[c] = scratch[j * dim + c];
   }
 }
 
@@ -119,10 +165,16 @@ struct Block {
         to(first + rows),
         window(window) {}
 
-  // The columns of the tile that begins at `key` which query `r` sees.
-  void seen(int64_t r, int64_t key, int64_t count, int64_t* begin, int64_t* end) const {
-    *end = r < real ? std::clamp<int64_t>(first + r + 1 - key, 0, count) : 0;
-    *begin = window ? std::clamp<int64_t>(first + r + 1 - window - key, 0, *end) : 0;
+  // The columns [begin, end) that hold all which query `r` sees of the tile that begins at `key`, by whole lanes; scores
+  // among them that it doesn't see become minus infinity.
+  void seen(int64_t r, int64_t key, int64_t count, float* scores, int64_t* begin, int64_t* end) const {
+    const int64_t stop = r < real ? std::clamp<int64_t>(first + r + 1 - key, 0, count) : 0;
+    const int64_t start = window ? std::clamp<int64_t>(first + r + 1 - window - key, 0, stop) : 0;
+    *begin = start == stop ? stop : start / kLanes * kLanes;
+    *end = start == stop ? stop : (stop + kLanes - 1) / kLanes * kLanes;
+    if (start == stop) return;
+    std::fill(scores + *begin, scores + start, -INFINITY);
+    std::fill(scores + stop, scores + *end, -INFINITY);
   }
 };
 
@@ -147,26 +199,28 @@ void for_each(const Shape& s, Body body) {
 struct ForwardScratch {
   std::vector<uint32_t> k_turned, v;
   std::vector<float> scores, sums;
-  std::vector<half> weights, q;
+  std::vector<half> rows, weights, q;
 
   ForwardScratch(const Shape& s, int64_t keys)
       : k_turned(s.dim / 2 * keys),
         v(keys / 2 * s.value_dim),
         scores(kRows * kKeys),
         sums(kRows * s.value_dim),
+        rows(keys * std::max(s.dim, s.value_dim)),
         weights(kRows * kKeys),
         q(kRows * s.dim) {}
 };
 
 struct BackwardScratch {
-  std::vector<uint32_t> k_turned, v_turned, k, weights, slopes;
-  std::vector<float> scores, above, to_q, to_k, to_v;  // gradients of keys and values as [dim, keys]
-  std::vector<half> slope_rows, q, q_turned, g, g_turned;
+  std::vector<uint32_t> k_turned, v_turned, k, pairs, weights, slopes;
+  std::vector<float> scores, above, to_q, to_k, to_v, turned;  // gradients of keys and values as [dim, keys]
+  std::vector<half> rows, slope_rows, q, q_turned, g, g_turned;
 
   BackwardScratch(const Shape& s, int64_t keys)
       : k_turned(s.dim / 2 * keys),
         v_turned(s.value_dim / 2 * keys),
         k(keys / 2 * s.dim),
+        pairs(kRows / 2 * std::max(s.dim, s.value_dim)),
         weights(kRows / 2 * kKeys),
         slopes(kRows / 2 * kKeys),
         scores(kRows * kKeys),
@@ -174,6 +228,8 @@ struct BackwardScratch {
         to_q(kRows * s.dim),
         to_k(s.dim * keys),
         to_v(s.value_dim * keys),
+        turned(std::max(s.dim, s.value_dim) * keys),
+        rows(keys * std::max(s.dim, s.value_dim)),
         slope_rows(kRows * kKeys),
         q(kRows * s.dim),
         q_turned(kRows * s.dim),
@@ -192,8 +248,10 @@ extern "C" void litft_attention(
   const int64_t group = s.heads / s.kv_heads, dim = s.dim, value_dim = s.value_dim;
   for_each<ForwardScratch>(s, [&](int64_t start, int64_t length, int64_t kv_head, ForwardScratch& x) {
     const int64_t keys = round_up(length);
-    pack_turned(k->at(kv_head, start), k->token, length, keys, dim, x.k_turned.data());
-    pack(v->at(kv_head, start), v->token, length, keys, value_dim, x.v.data());
+    copy_rows(k->at(kv_head, start), k->token, length, keys, dim, x.rows.data());
+    pack_turned(x.rows.data(), keys, dim, x.k_turned.data());
+    copy_rows(v->at(kv_head, start), v->token, length, keys, value_dim, x.rows.data());
+    pack(x.rows.data(), keys, value_dim, x.v.data());
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
       for (int64_t first = 0; first < length; first += kRows) {
         const Block block(first, length, s.window);
@@ -209,26 +267,28 @@ extern "C" void litft_attention(
             float* a = x.scores.data() + r * count;
             uint16_t* w = words(x.weights) + r * count;
             int64_t begin, end;
-            block.seen(r, key, count, &begin, &end);
-            float most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-            for (int64_t j = begin; j < end; ++j) most = a[j] > most ? a[j] : most;
-            const float now = std::max(top[r], most * s.scale);
-            for (int64_t j = 0; j < begin; ++j) w[j] = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = begin; j < end; ++j) {
-              const float e = exponential(a[j] * s.scale - now);
-              w[j] = static_cast<uint16_t>(rounded(e));
-              sum += e;
-            }
-            for (int64_t j = end; j < count; ++j) w[j] = 0;
+            block.seen(r, key, count, a, &begin, &end);
+            std::fill(w, w + begin, uint16_t(0));
+            std::fill(w + end, w + count, uint16_t(0));
             if (begin == end) continue;
+            Floats most = load(a + begin), all = {};
+            for (int64_t j = begin + kLanes; j < end; j += kLanes) {
+              const Floats v = load(a + j);
+              most = v > most ? v : most;
+            }
+            float now = top[r];
+            for (int i = 0; i < kLanes; ++i) now = std::max(now, most[i] * s.scale);
+            for (int64_t j = begin; j < end; j += kLanes) {
+              const Floats e = exponential(load(a + j) * s.scale - now);
+              store(w + j, __builtin_convertvector(rounded(e), Shorts));
+              all += e;
+            }
             if (key > block.from && now > top[r]) {
-              const float shrink = exponential(top[r] - now);
+              const float shrink = std::exp(top[r] - now);
               total[r] *= shrink;
               for (int64_t c = 0; c < value_dim; ++c) x.sums[r * value_dim + c] *= shrink;
             }
-            total[r] += sum;
+            total[r] += sum(all);
             top[r] = now;
           }
           brgemm(
@@ -252,10 +312,11 @@ extern "C" void litft_attention_backward(
   const int64_t group = s.heads / s.kv_heads, dim = s.dim, value_dim = s.value_dim;
   for_each<BackwardScratch>(s, [&](int64_t start, int64_t length, int64_t kv_head, BackwardScratch& x) {
     const int64_t keys = round_up(length);
-    const half *k0 = k->at(kv_head, start), *v0 = v->at(kv_head, start);
-    pack_turned(k0, k->token, length, keys, dim, x.k_turned.data());
-    pack_turned(v0, v->token, length, keys, value_dim, x.v_turned.data());
-    pack(k0, k->token, length, keys, dim, x.k.data());
+    copy_rows(v->at(kv_head, start), v->token, length, keys, value_dim, x.rows.data());
+    pack_turned(x.rows.data(), keys, value_dim, x.v_turned.data());
+    copy_rows(k->at(kv_head, start), k->token, length, keys, dim, x.rows.data());
+    pack_turned(x.rows.data(), keys, dim, x.k_turned.data());
+    pack(x.rows.data(), keys, dim, x.k.data());
     std::fill_n(x.to_k.data(), dim * keys, 0.f);
     std::fill_n(x.to_v.data(), value_dim * keys, 0.f);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
@@ -264,14 +325,14 @@ extern "C" void litft_attention_backward(
         const int64_t rows = block.rows;
         copy_rows(q->at(head, start + first), q->token, block.real, rows, dim, x.q.data());
         copy_rows(g->at(head, start + first), g->token, block.real, rows, value_dim, x.g.data());
-        transpose(x.q.data(), dim, rows, dim, x.q_turned.data(), rows);
-        transpose(x.g.data(), value_dim, rows, value_dim, x.g_turned.data(), rows);
+        turn(x.q.data(), rows, dim, x.pairs.data(), x.q_turned.data());
+        turn(x.g.data(), rows, value_dim, x.pairs.data(), x.g_turned.data());
         float mean[kRows];  // of the weights' gradients, weighted by the weights: output times its gradient
         for (int64_t r = 0; r < block.real; ++r) {
           const half* o = out->at(head, start + first + r);
-          float sum = 0;
-          for (int64_t c = 0; c < value_dim; ++c) sum += float(o[c]) * float(x.g[r * value_dim + c]);
-          mean[r] = sum;
+          Floats all = {};
+          for (int64_t c = 0; c < value_dim; c += kLanes) all += load(o + c) * load(x.g.data() + r * value_dim + c);
+          mean[r] = sum(all);
         }
         for (int64_t key = block.from; key < block.to; key += kKeys) {
           const int64_t count = std::min(kKeys, block.to - key);
@@ -282,17 +343,15 @@ extern "C" void litft_attention_backward(
           for (int64_t r = 0; r < rows; ++r) {  // scores become weights, gradients of weights those of scores
             float *a = x.scores.data() + r * count, *b = x.above.data() + r * count;
             int64_t begin, end;
-            block.seen(r, key, count, &begin, &end);
+            block.seen(r, key, count, a, &begin, &end);
             std::fill(a, a + begin, 0.f);
             std::fill(b, b + begin, 0.f);
-            if (begin < end) {
-              const float top = lse[head * s.tokens + start + first + r], m = mean[r], scale = s.scale;
-#pragma omp simd
-              for (int64_t j = begin; j < end; ++j) {
-                const float w = exponential(a[j] * scale - top);
-                a[j] = w;
-                b[j] = w * (b[j] - m) * scale;
-              }
+            const float scale = s.scale, m = begin < end ? mean[r] : 0.f;
+            const float top = begin < end ? lse[head * s.tokens + start + first + r] : 0.f;
+            for (int64_t j = begin; j < end; j += kLanes) {
+              const Floats w = exponential(load(a + j) * scale - top);
+              store(a + j, w);
+              store(b + j, w * (load(b + j) - m) * scale);
             }
             std::fill(a + end, a + count, 0.f);
             std::fill(b + end, b + count, 0.f);
@@ -301,13 +360,12 @@ extern "C" void litft_attention_backward(
             const float *a = x.scores.data() + r * count, *b = x.above.data() + r * count;
             uint32_t *w = x.weights.data() + r / 2 * count, *slope = x.slopes.data() + r / 2 * count;
             uint16_t* row = words(x.slope_rows) + r * count;
-#pragma omp simd
-            for (int64_t j = 0; j < count; ++j) {
-              w[j] = rounded(a[j]) | (rounded(a[j + count]) << 16);
-              const uint32_t even = rounded(b[j]), odd = rounded(b[j + count]);
-              slope[j] = even | (odd << 16);
-              row[j] = static_cast<uint16_t>(even);
-              row[j + count] = static_cast<uint16_t>(odd);
+            for (int64_t j = 0; j < count; j += kLanes) {
+              store(w + j, rounded(load(a + j)) | (rounded(load(a + j + count)) << 16));
+              const Words even = rounded(load(b + j)), odd = rounded(load(b + j + count));
+              store(slope + j, even | (odd << 16));
+              store(row + j, __builtin_convertvector(even, Shorts));
+              store(row + j + count, __builtin_convertvector(odd, Shorts));
             }
           }
           brgemm(
@@ -323,7 +381,7 @@ extern "C" void litft_attention_backward(
           for (int64_t c = 0; c < dim; ++c) to[c] = x.to_q[r * dim + c];
         }
       }
-    transpose(x.to_k.data(), keys, dim, length, dk->at(kv_head, start), dk->token);
-    transpose(x.to_v.data(), keys, value_dim, length, dv->at(kv_head, start), dv->token);
+    write_turned(x.to_k.data(), keys, dim, length, x.turned.data(), *dk, kv_head, start);
+    write_turned(x.to_v.data(), keys, value_dim, length, x.turned.data(), *dv, kv_head, start);
   });
 }
