@@ -27,8 +27,9 @@ def pack_documents(documents: Sequence[Document], denominator: float, multiple: 
     Returns:
         `input_ids`, `position_ids` (restarting at each document) [1, slots]; `cu_seqlens` [documents + 1] int32, and
         as a tuple on the host `document_bounds`; `max_seqlen` (int); `target_positions` (which hidden states predict a
-        trained token), `target_ids` and `document_ids` of the targets, each [targets]; `denominator` (float tensor);
-        `tokens` (those of the documents) and `trained` (ints).
+        trained token), `target_ids` and `document_ids` of the targets, each [targets]; `document_targets`, how many of
+        them each document has [documents]; `document_of_token` [slots]; `denominator` (float tensor); `tokens` (those
+        of the documents) and `trained` (ints).
     """
     real = sum(len(ids) for ids, _ in documents)
     if real % multiple:
@@ -50,6 +51,8 @@ def pack_documents(documents: Sequence[Document], denominator: float, multiple: 
         "target_positions": torch.from_numpy(targets - 1),
         "target_ids": torch.from_numpy(ids[targets]),
         "document_ids": torch.from_numpy(np.repeat(np.arange(len(documents)), lengths)[targets]),
+        "document_targets": torch.from_numpy(np.add.reduceat(trained, starts[:-1], dtype=np.int64)),
+        "document_of_token": torch.from_numpy(np.repeat(np.arange(len(documents)), lengths)),
         "denominator": torch.tensor(denominator, dtype=torch.float32),
         "tokens": real,
         "trained": len(targets),
@@ -60,8 +63,9 @@ def pad_documents(documents: Sequence[Document], denominator: float, pad_id: int
     """One padded row a document, for models whose attention can't take packed rows.
 
     Returns:
-        As `pack_documents`, with `input_ids`, `position_ids` and `attention_mask` [documents, width] and
-        `target_positions` counted over the flattened [documents * width].
+        As `pack_documents`, with `input_ids`, `position_ids` and `attention_mask` [documents, width]; `real_positions`
+        of the tokens in the flattened [documents * width]; and in the place of `target_positions` `kept_columns`, in
+        which any row predicts a trained token, `target_rows`, and `target_columns` as indices of kept ones [targets].
     """
     width = max(len(ids) for ids, _ in documents)
     flat = pack_documents(documents, denominator)
@@ -73,10 +77,14 @@ def pad_documents(documents: Sequence[Document], denominator: float, pad_id: int
     input_ids[rows, columns] = flat["input_ids"][0]
     position_ids[rows, columns] = flat["position_ids"][0]
     attention_mask[rows, columns] = 1
-    where = torch.from_numpy(rows * width + columns)
+    targets = flat.pop("target_positions").numpy()
+    kept, target_columns = np.unique(columns[targets], return_inverse=True)
     return flat | {
         "input_ids": input_ids,
         "position_ids": position_ids,
         "attention_mask": attention_mask,
-        "target_positions": where[flat["target_positions"]],
+        "real_positions": torch.from_numpy(rows * width + columns),
+        "kept_columns": torch.from_numpy(kept),
+        "target_rows": torch.from_numpy(rows[targets]),
+        "target_columns": torch.from_numpy(target_columns),
     }

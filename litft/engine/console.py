@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from litft.data.selection import BAD_ROWS
-from litft.engine.metrics import eta
+from litft.engine.metrics import StepMetrics, eta
 
 LISTED = 5  # skipped rows; run.json has more
 QUIET_S = 2.0  # a line at most this often, except for validation, the first and the last step
@@ -21,9 +21,11 @@ QUIET_S = 2.0  # a line at most this often, except for validation, the first and
 class Bar(TQDMProgressBar):
     """The steps of an epoch as a bar, past which the console's lines are written."""
 
-    def get_metrics(self, *args: Any) -> dict[str, Any]:
-        """The loss; a logger's version tells nobody anything."""
-        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
+    def get_metrics(self, trainer: Any, *args: Any) -> dict[str, Any]:
+        """The loss of the last record; a logger's version tells nobody anything."""
+        shown = {name: value for name, value in super().get_metrics(trainer, *args).items() if name != "v_num"}
+        losses = [callback.loss for callback in trainer.callbacks if isinstance(callback, StepMetrics)]
+        return shown | {"loss": loss for loss in losses if loss is not None}
 
 
 class Console(Logger):

@@ -49,6 +49,7 @@ class StepMetrics(Callback):
     def __init__(self, every: int | None = None) -> None:
         self.every = every
         self.record: dict[str, Any] = {}
+        self.loss: float | None = None
         self.bad_steps = 0
         self.losses_before: dict[str, float] = {}
         self.losses_at: dict[int, dict[str, float]] = {}
@@ -116,7 +117,8 @@ class StepMetrics(Callback):
         self._tokens = self._trained = 0
         self._counted_from = self._end = now
         self._judge(trainer, pl_module)
-        pl_module.log("loss", loss, prog_bar=True, logger=False)
+        self.loss = loss
+        pl_module.log("loss", loss, logger=False)  # for callbacks; what is in a bar would be read back every step
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Put the losses into the step's record; the time validation took isn't training's."""

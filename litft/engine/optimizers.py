@@ -41,8 +41,8 @@ def build_optimizer(
     """Make an optimizer.
 
     Args:
-        name: `adamw` (fused), `adamw_8bit` or `paged_adamw_8bit` (bitsandbytes; moments in 8 bits), `sgd`, or the class
-            path of any `torch.optim.Optimizer`, which is given `lr` and, where its signature has them, `betas` and
+        name: `adamw` and `sgd` (fused), `adamw_8bit` or `paged_adamw_8bit` (bitsandbytes; moments in 8 bits), or the class path
+            of any `torch.optim.Optimizer`, which is given `lr` and, where its signature has them, `betas` and
             `weight_decay`.
         groups: parameter groups; their own `lr` and `weight_decay` go before the arguments here.
         lr: learning rate.
@@ -56,7 +56,7 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay)
+        return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, fused=fused)
     if name in ("adamw_8bit", "paged_adamw_8bit"):
         try:
             from bitsandbytes import optim

@@ -20,7 +20,7 @@ class SFT(Method):
         found = self.net(batch)
         loss = found["nll"].sum() / batch["denominator"]
         if self.balance:
-            weight = torch.bincount(batch["document_ids"], minlength=len(found["balance"])) / batch["denominator"]
+            weight = batch["document_targets"] / batch["denominator"]
             loss = loss + self.balance * (weight * found["balance"]).sum()
         return loss
 

@@ -60,8 +60,7 @@ class CausalLM(nn.Module):
                 output = self.model(**self._inputs(batch))
             last = caught[0]
         if "attention_mask" in batch:
-            rows, columns = _rows_and_columns(batch)
-            last = last[rows, columns.unique(return_inverse=True)[1]]
+            last = last[batch["target_rows"], batch["target_columns"]]
         else:
             last = last[0]
         if self.head is None:
@@ -71,9 +70,10 @@ class CausalLM(nn.Module):
         if self.balance_experts:
             router_logits = output.router_logits
             if "attention_mask" in batch:
-                real = batch["attention_mask"].flatten().bool()
-                router_logits = [logits.reshape(len(real), -1)[real] for logits in router_logits]
-            found["balance"] = load_balance(router_logits, batch["cu_seqlens"], self._experts_per_token)
+                real = batch["real_positions"]
+                router_logits = [logits.reshape(-1, logits.shape[-1])[real] for logits in router_logits]
+            documents = batch["cu_seqlens"], batch["document_of_token"]
+            found["balance"] = load_balance(router_logits, *documents, self._experts_per_token)
         return found
 
     @property
@@ -85,9 +85,8 @@ class CausalLM(nn.Module):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         if self.balance_experts:
             inputs["output_router_logits"] = True
-        if "attention_mask" in batch:  # padded rows: the columns in which any row has a target
-            columns = _rows_and_columns(batch)[1].unique()
-            return inputs | {"attention_mask": batch["attention_mask"], "logits_to_keep": columns}
+        if "attention_mask" in batch:
+            return inputs | {"attention_mask": batch["attention_mask"], "logits_to_keep": batch["kept_columns"]}
         implementation = self.model.config._attn_implementation
         bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
         inputs |= {"logits_to_keep": batch["target_positions"], "cu_seq_lens_q": bounds, "max_length_q": longest}
@@ -100,8 +99,3 @@ class CausalLM(nn.Module):
             raise RuntimeError(f"documents in a packed row would see each other under {implementation} attention")
         return inputs
 
-
-def _rows_and_columns(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Where the hidden states that predict targets lie in padded rows."""
-    width = batch["input_ids"].shape[1]
-    return batch["target_positions"] // width, batch["target_positions"] % width

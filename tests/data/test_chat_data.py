@@ -517,7 +517,7 @@ def test_b3_a_true_eos_in_a_padded_batch_is_seen_and_trained(words: tuple[int, i
     assert sorted(real) == sorted(expected)  # every true end of turn is attended to, also in the middle
     assert batch["attention_mask"].sum() == sum(map(len, expected))
     assert (batch["input_ids"][batch["attention_mask"] == 0] == eos).all()
-    row, column = np.divmod(batch["target_positions"].numpy(), shape[1])
+    row, column = batch["target_rows"].numpy(), batch["kept_columns"][batch["target_columns"]].numpy()
     assert (batch["attention_mask"].numpy()[row, column + 1] == 1).all(), "padding is never a target"
     assert (batch["input_ids"].numpy()[row, column + 1] == batch["target_ids"].numpy()).all()
     assert int((batch["target_ids"] == eos).sum()) == 4  # both answers of both rows learn to stop
