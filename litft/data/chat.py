@@ -19,8 +19,9 @@ from litft.data import hub, tokens
 from litft.data.batch import Batch
 from litft.data.conversation import Conversation
 from litft.data.files import Row, read_rows
+from litft.data.layout import lay_out
 from litft.data.loader import StepLoader, Steps, make_batch
-from litft.data.plan import Plan, default_tokens_per_step, epoch_order, lay_out, run_counts
+from litft.data.plan import MICRO_BATCH, Plan, default_tokens_per_step, epoch_order, run_counts
 from litft.data.rows import schema_of, to_conversation
 from litft.data.selection import Selection, select, split_validation
 from litft.data.template import ChatEncoder, find_template, missing_tokens
@@ -30,7 +31,6 @@ from litft.models.alias import cache_dir
 from litft.models.load import add_to_tokenizer
 
 DEFAULT_MAX_LENGTH = 4096
-DEFAULT_TOKENS_PER_BATCH = 4096
 TRAINERS_OWN_EPOCHS = 1000  # what Trainer takes where nothing is said
 
 
@@ -165,7 +165,7 @@ class ChatData(LightningDataModule):
         chosen = self.selection
         longest = max(int(s.lengths.max()) for s in (chosen, *self.val_selections.values()))
         if self.tokens_per_batch is None:
-            self.tokens_per_batch = max(DEFAULT_TOKENS_PER_BATCH, longest)
+            self.tokens_per_batch = max(MICRO_BATCH, longest)
         if longest > self.tokens_per_batch:
             raise UserError(
                 f"--data.tokens_per_batch {self.tokens_per_batch}: the longest row has {longest} tokens\n"

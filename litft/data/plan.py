@@ -1,4 +1,4 @@
-"""Which rows make up each optimizer step, and how a step is cut into packs, micro-batches and ranks.
+"""Which rows make up each optimizer step; how a step is cut up is `litft.data.layout`'s.
 
 Two stages, kept apart so that another cut is the same training:
 
@@ -9,17 +9,18 @@ Two stages, kept apart so that another cut is the same training:
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from litft.data.layout import lay_out
+
+SLACK = 1024  # part of a step's budget that stays free
 LOOKAHEAD = 256  # rows looked through for one that fills a step's last gap
 WANTED_TOKENS, MIN_STEPS = 16384, 100  # of a step by default, and of a run where it has the rows for them
+MICRO_BATCH = 4096  # tokens of a micro-batch by default; a default step is several whole ones, or less than one
 COUNTED, SAMPLED = 1000, 200  # steps up to which all packs are counted, and those they are estimated from beyond
-ATTENTION_SHARE = 1 / 4096  # cost of attending over a document of n tokens, in units of n dense tokens: n * this
 
 
 def epoch_order(file_of_row: np.ndarray, weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
@@ -52,8 +53,9 @@ def epoch_order(file_of_row: np.ndarray, weights: Sequence[float], seed: int, ep
 def step_rows(order: np.ndarray, lengths: np.ndarray, tokens_per_step: int) -> list[np.ndarray]:
     """Cut an epoch's order into optimizer steps of at most `tokens_per_step` tokens.
 
-    Rows are taken in order; the gap that the next row doesn't fit is filled with the longest of the following
-    `LOOKAHEAD` rows that does. A row longer than `tokens_per_step` is a step of its own.
+    Rows are taken in order; the last of the budget, room for two or so, goes to those one or two of the following
+    `LOOKAHEAD` rows that fill it best. A thousandth of the budget stays free, without which packs of a step would have
+    to be filled to the last token. A row longer than that is a step of its own.
 
     Args:
         order: row indices in the order of the epoch.
@@ -65,28 +67,26 @@ def step_rows(order: np.ndarray, lengths: np.ndarray, tokens_per_step: int) -> l
     """
     order = np.asarray(order)
     size = lengths[order]
+    budget = tokens_per_step - tokens_per_step // SLACK
     used = np.zeros(len(order), bool)
     steps: list[np.ndarray] = []
     first = 0
     while first < len(order):
         rows: list[int] = []
-        room = tokens_per_step
+        room = budget
         position = first
-        while position < len(order) and (used[position] or size[position] <= room or not rows):
+        kept = min(budget // 2, int(2 * size[first : first + LOOKAHEAD].mean()))
+        while position < len(order) and (used[position] or size[position] <= room - kept or not rows):
             if not used[position]:
                 rows.append(position)
                 used[position] = True
                 room -= size[position]
             position += 1
-        while room > 0:
-            window = slice(position, position + LOOKAHEAD)
-            fits = np.where(used[window] | (size[window] > room), 0, size[window])
-            if not fits.any():
-                break
-            best = position + int(fits.argmax())
-            rows.append(best)
-            used[best] = True
-            room -= size[best]
+        window = np.arange(position, min(position + LOOKAHEAD, len(order)))
+        while chosen := _best_fill(size[window], used[window], int(room)):
+            rows += [int(window[i]) for i in chosen]
+            used[window[chosen]] = True
+            room -= size[window[chosen]].sum()
         steps.append(order[rows])
         first = position
         while first < len(order) and used[first]:
@@ -94,108 +94,18 @@ def step_rows(order: np.ndarray, lengths: np.ndarray, tokens_per_step: int) -> l
     return steps
 
 
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing of whole documents.
-
-    Args:
-        lengths: tokens of each document; none above `capacity`.
-        capacity: tokens a pack may hold.
-
-    Returns:
-        Packs as lists of indices into `lengths`; fewer than 11/9 of the optimum + 1 (Johnson, 1974).
-    """
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by the room left in them
-    rooms: list[int] = []  # the rooms in use, sorted
-    packs: list[list[int]] = []
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
-        at = bisect_left(rooms, length)
-        if at < len(rooms):
-            room = rooms[at]
-            chosen = by_room[room].pop()
-            if not by_room[room]:
-                rooms.pop(at)
-        else:
-            room, chosen = capacity, len(packs)
-            packs.append([])
-        packs[chosen].append(index)
-        left = room - length
-        if not by_room[left]:
-            insort(rooms, left)
-        by_room[left].append(chosen)
-    return packs
-
-
-def cost(lengths: np.ndarray) -> float:
-    """Relative time of a micro-batch: its tokens, and for each document the square that attention costs."""
-    n = lengths.astype(np.float64)
-    return float((n + ATTENTION_SHARE * n * n).sum())
-
-
-def lay_out(
-    rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: int, ranks: int = 1, packing: bool = True
-) -> list[list[np.ndarray]]:
-    """Cut one optimizer step into micro-batches, equally many on every rank.
-
-    Args:
-        rows: the step's rows.
-        lengths: tokens of each row (of all rows, indexed by `rows`' values).
-        tokens_per_batch: budget of one micro-batch on one rank.
-        ranks: number of data-parallel ranks.
-        packing: False counts each row at the padded width of its micro-batch.
-
-    Returns:
-        `[rank][micro-batch]` arrays of rows; an array may be empty where there are fewer rows than ranks.
-    """
-    size = lengths[rows]
-    packs = pack(size, tokens_per_batch) if packing else _pad_together(size, tokens_per_batch)
-    count = -(-len(packs) // ranks) * ranks
-    if count > len(packs) or ranks > 1:
-        packs = _spread(size, count, tokens_per_batch, packing) or packs + [[] for _ in range(count - len(packs))]
-    packs.sort(key=lambda p: -cost(size[p]))
-    shares: list[list[np.ndarray]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for start in range(0, count, ranks):  # heaviest pack of each round to the rank that has least so far
-        by_load = sorted(range(ranks), key=lambda r: load[r])
-        for rank, chosen in zip(by_load, packs[start : start + ranks], strict=True):
-            shares[rank].append(rows[chosen] if chosen else rows[:0])
-            load[rank] += cost(size[chosen]) if chosen else 0.0
-    return shares
-
-
-def _pad_together(size: np.ndarray, budget: int) -> list[list[int]]:
-    """Rows of similar length share a padded micro-batch: width x rows stays within the budget."""
-    batches: list[list[int]] = []
-    width = 0
-    for index in np.argsort(-size, kind="stable").tolist():
-        if not batches or width * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-            width = int(size[index])
-        batches[-1].append(index)
-    return batches
-
-
-def _spread(size: np.ndarray, count: int, budget: int, packing: bool) -> list[list[int]] | None:
-    """Longest processing time first into `count` packs; None where that breaks the budget."""
-    packs: list[list[int]] = [[] for _ in range(count)]
-    tokens = [0] * count
-    heap = [(0.0, i) for i in range(count)]
-    for index in np.argsort(-size, kind="stable").tolist():
-        passed = []
-        while heap:
-            load, chosen = heapq.heappop(heap)
-            width = int(size[packs[chosen][0]]) if packs[chosen] else int(size[index])
-            after = tokens[chosen] + int(size[index]) if packing else width * (len(packs[chosen]) + 1)
-            if after <= budget:
-                break
-            passed.append((load, chosen))
-        else:
-            return None
-        packs[chosen].append(index)
-        tokens[chosen] += int(size[index])
-        for entry in [*passed, (load + cost(size[[index]]), chosen)]:
-            heapq.heappush(heap, entry)
-    return packs
+def _best_fill(size: np.ndarray, used: np.ndarray, room: int) -> list[int]:
+    """Indices of the one or two unused rows with the greatest sum that there is room for; empty where none fits."""
+    free = np.flatnonzero(~used & (size <= room))
+    if not len(free):
+        return []
+    free = free[np.argsort(size[free], kind="stable")]
+    sizes = size[free]
+    partner = np.searchsorted(sizes, room - sizes, side="right") - 1  # the largest that fits beside each
+    partner = np.minimum(partner, np.arange(len(free)) - 1)  # a smaller one than itself
+    sums = sizes + np.where(partner >= 0, sizes[partner], 0)
+    best = int(sums.argmax())
+    return [int(free[best]), *([int(free[partner[best]])] if partner[best] >= 0 else [])]
 
 
 @dataclass
@@ -343,4 +253,4 @@ def default_tokens_per_step(order: np.ndarray, lengths: np.ndarray, max_epochs: 
         else:
             most = budget - 1
         budget = (enough + most + 1) // 2
-    return enough
+    return enough if enough < MICRO_BATCH else enough // MICRO_BATCH * MICRO_BATCH

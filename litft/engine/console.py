@@ -25,7 +25,7 @@ class Bar(TQDMProgressBar):
         """The loss of the last record; a logger's version tells nobody anything."""
         shown = {name: value for name, value in super().get_metrics(trainer, *args).items() if name != "v_num"}
         losses = [callback.loss for callback in trainer.callbacks if isinstance(callback, StepMetrics)]
-        return shown | {"loss": loss for loss in losses if loss is not None}
+        return shown | ({"loss": losses[0]} if losses and losses[0] is not None else {})
 
 
 class Console(Logger):

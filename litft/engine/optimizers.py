@@ -41,9 +41,9 @@ def build_optimizer(
     """Make an optimizer.
 
     Args:
-        name: `adamw` and `sgd` (fused), `adamw_8bit` or `paged_adamw_8bit` (bitsandbytes; moments in 8 bits), or the class path
-            of any `torch.optim.Optimizer`, which is given `lr` and, where its signature has them, `betas` and
-            `weight_decay`.
+        name: `adamw` and `sgd` (fused), `adamw_8bit` or `paged_adamw_8bit` (bitsandbytes; moments in 8 bits), or the
+            class path of any `torch.optim.Optimizer`, which is given `lr` and, where its signature has them, `betas`
+            and `weight_decay`.
         groups: parameter groups; their own `lr` and `weight_decay` go before the arguments here.
         lr: learning rate.
         betas: decay rates of the moments.

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def load_balance(
-    router_logits: Sequence[Tensor], cu_seqlens: Tensor, document_of_token: Tensor, top_k: int
-) -> Tensor:
+def load_balance(router_logits: Sequence[Tensor], cu_seqlens: Tensor, document_of_token: Tensor, top_k: int) -> Tensor:
     """How unevenly each document's tokens are spread over the experts.
 
     The loss of Switch Transformers (Fedus et al., 2021, eq. 4-6) over one document at a time, as in DeepSeek-V3 (2024,

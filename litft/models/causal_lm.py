@@ -59,10 +59,7 @@ class CausalLM(nn.Module):
             with self.head.held_back() as caught:
                 output = self.model(**self._inputs(batch))
             last = caught[0]
-        if "attention_mask" in batch:
-            last = last[batch["target_rows"], batch["target_columns"]]
-        else:
-            last = last[0]
+        last = last[batch["target_rows"], batch["target_columns"]] if "attention_mask" in batch else last[0]
         if self.head is None:
             found = {"nll": F.cross_entropy(last.float(), batch["target_ids"], reduction="none")}
         else:
@@ -98,4 +95,3 @@ class CausalLM(nn.Module):
         else:  # sdpa and eager go by restarting position_ids, which several models don't hand to their mask
             raise RuntimeError(f"documents in a packed row would see each other under {implementation} attention")
         return inputs
-

@@ -97,8 +97,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, _, down, ups, ctx.scales = inputs
+    x, weights, biases, down, ups, ctx.scales = inputs
     ctx.count = len(weights)
+    ctx.d_biases = None if any(bias is None for bias in biases) else [None] * len(biases)  # torch's tree of such lists
     ctx.save_for_backward(x, down, output[-1], *weights, *ups)
     ctx.mark_non_differentiable(output[-1])
 
@@ -110,7 +111,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     d_x, d_down, *d_ups = low_rank_linears_backward(
         grads, x, weights, down, ups, hidden, ctx.scales, ctx.needs_input_grad[0]
     )
-    return d_x if ctx.needs_input_grad[0] else None, [None] * ctx.count, None, d_down, d_ups, None
+    return d_x if ctx.needs_input_grad[0] else None, [None] * ctx.count, ctx.d_biases, d_down, d_ups, None
 
 
 low_rank_linears.register_autograd(_backward, setup_context=_keep)

@@ -10,17 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litft.data.plan import (
-    MIN_STEPS,
-    Plan,
-    cost,
-    default_tokens_per_step,
-    epoch_order,
-    lay_out,
-    pack,
-    run_counts,
-    step_rows,
-)
+from litft.data.layout import balance, cost, lay_out, pack, squeeze
+from litft.data.plan import MIN_STEPS, Plan, default_tokens_per_step, epoch_order, run_counts, step_rows
 
 lengths = st.lists(st.integers(1, 120), min_size=1, max_size=60).map(np.array)
 quick = settings(max_examples=60, deadline=None)
@@ -154,6 +145,35 @@ def test_c2_nothing_is_cut_or_left_over() -> None:
         assert sorted(row for p in laid for row in p) == [0, 1, 2]
         assert all(sizes[p].sum() <= 13 for p in laid)
         assert run_counts(plan, len(plan.steps(0)))["tokens"] == 27
+
+
+@quick
+@given(lengths, st.integers(1, 8))
+def test_parts_of_nearly_the_same_sum(sizes: np.ndarray, count: int) -> None:
+    parts = balance(sizes, count)
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes))) and len(parts) == count
+    sums = [int(sizes[part].sum()) for part in parts]
+    assert max(sums) - min(sums) <= int(sizes.max())
+    before = max(sums)
+    limit = -(-int(sizes.sum()) // count)
+    fits = squeeze(sizes, parts, limit)
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
+    after = max(int(sizes[part].sum()) for part in parts)
+    assert after <= before and fits == (after <= limit)
+
+
+@pytest.mark.parametrize(("step", "batch"), [(16384, 4096), (8192, 2048), (4096, 4096), (65536, 4096)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_pack_is_one_too_many(step: int, batch: int, ranks: int) -> None:
+    """Steps are full, and cut into as few packs as their tokens fill: 99.8% of the slots hold a real token."""
+    sizes = np.clip(np.random.default_rng(1).lognormal(5.3, 0.35, 4000).astype(int), 60, 700)
+    plan = plan_of(sizes, tokens_per_step=step, tokens_per_batch=batch, ranks=ranks)
+    steps = plan.steps(0)
+    filled = [int(sizes[rows].sum()) for rows in steps[:-1]]
+    assert np.mean(filled) >= 0.998 * step and max(filled) <= step
+    for index, tokens in enumerate(filled):
+        packs = [pack for share in plan.layout(0, index) for pack in share]
+        assert len(packs) == -(-tokens // batch // ranks) * ranks
 
 
 def test_ranks_are_balanced_by_the_cost_of_attention() -> None:

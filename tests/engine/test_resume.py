@@ -77,7 +77,7 @@ def test_f1_resumed_is_bitwise_the_straight_run(case: str, tmp_path: Path, tiny_
 def three_epochs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chats: Path) -> tuple[Path, Trace, list]:
     """A straight run: its folder, its trace, and the steps of each of its epochs."""
     folder = tmp_path_factory.mktemp("three-epochs")
-    trace, _, trainer = start(folder, tiny_llama, chats, epochs=3, val_every=5)
+    trace, _, trainer = start(folder, tiny_llama, chats, epochs=3, val_every=5, tokens_per_step=155)
     return folder, trace, [len(trainer.datamodule.plan.steps(epoch)) for epoch in range(3)]
 
 
@@ -89,7 +89,7 @@ def test_f1_epochs_of_different_lengths(
     assert len(set(lengths)) > 1, lengths
     first, second = lengths[0], lengths[0] + lengths[1]
     stops = {"end": [first], "start": [first + 1], "middle": [first + 2], "end and middle": [first, second - 1]}[where]
-    pieces = in_pieces(tmp_path / "b", tiny_llama, chats, stops, epochs=3, val_every=5)
+    pieces = in_pieces(tmp_path / "b", tiny_llama, chats, stops, epochs=3, val_every=5, tokens_per_step=155)
     assert len(straight.rows) == sum(lengths)
     assert_one_order(straight, pieces)
     assert_same_run(folder, tmp_path / "b")
