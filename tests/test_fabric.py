@@ -84,4 +84,4 @@ def test_two_devices_give_the_same_losses(run):
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("step ")]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(cli_losses(folder)), rtol=0, atol=1.1e-6)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(cli_losses(folder)), rtol=1e-6, atol=1.1e-6)
