@@ -35,6 +35,8 @@ class Job:
         device: cpu or cuda.
         setting: what of the arm's grid is used.
         groups: the rows of each step, for the reference.
+        lrs: the learning rate of each step, for the reference; empty: `lr`.
+        clip: the gradient norm to clip to, for the reference; 0 doesn't clip.
         seed: of everything random.
     """
 
@@ -50,6 +52,8 @@ class Job:
     device: str = "cpu"
     setting: dict[str, Any] = field(default_factory=dict)
     groups: list[list[int]] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    clip: float = 1.0
     seed: int = 0
 
 
@@ -61,6 +65,8 @@ class Result:
         seconds: of each optimizer step.
         losses: of each step, a trained token's mean.
         groups: the rows of each step.
+        lrs: the learning rate of each step where it isn't the job's.
+        clip: what gradients were clipped to.
         tokens: real tokens of each step, and `trained` those in the loss.
         peak_gb: greatest memory of the process, on the GPU where there is one.
         versions: of the libraries.
@@ -71,6 +77,8 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     groups: list[list[int]] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    clip: float = 1.0
     tokens: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
     peak_gb: float = 0.0
@@ -119,6 +127,12 @@ class Recorder:
         self._steps.append(self._seen if group is None else group)
         if loss is not None:
             self.result.losses.append(loss)
+
+    def add(self, seconds: float, loss: float, group: list[int]) -> None:
+        """A step that somebody else timed."""
+        self.result.seconds.append(seconds)
+        self.result.losses.append(loss)
+        self._steps.append(group)
 
     def watch(self, model: Any) -> None:
         """Look at what reaches a transformers model: padded rows, or rows packed with restarting positions."""

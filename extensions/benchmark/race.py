@@ -26,6 +26,7 @@ from extensions.benchmark.job import Job, Result, run_arm
 PEERS = ("trainer", "trl")
 TOLERANCE = 0.02
 PROBE_STEPS, PROBE_WARM_UP = 3, 1
+PROBE_PART = 2  # a probe's step reads this part of the rows
 
 
 def encode(source: str, model: str, folder: Path, limit: int) -> Path:
@@ -55,7 +56,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def at_its_best(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def at_its_best(job: Job, pythons: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The fastest setting of an arm's grid, one key after another, and what was tried."""
     grid = importlib.import_module(f"extensions.benchmark.arms.{job.arm}").GRID
     best = {key: values[0] for key, values in grid.items()}
@@ -65,7 +66,9 @@ def at_its_best(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     def speed(setting: dict[str, Any]) -> float:
         key = json.dumps(setting)
         if key not in speeds:
-            found = run_arm(replace(job, setting=setting, steps=PROBE_STEPS))
+            rows, tokens = job.rows_per_step // PROBE_PART, job.tokens_per_step // PROBE_PART
+            probe = replace(job, setting=setting, steps=PROBE_STEPS, rows_per_step=rows, tokens_per_step=tokens)
+            found = run_arm(probe, pythons.get(job.arm, sys.executable))
             speeds[key] = 0.0 if found.error else found.rate(PROBE_WARM_UP)
             tried.append({**setting, "tokens_per_s": round(speeds[key], 1), "error": found.error})
             say(f"    {job.arm} {setting}: {found.error or f'{speeds[key]:.0f} tok/s'}")
@@ -78,10 +81,12 @@ def at_its_best(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def check(job: Job, results: list[Result], references: dict[str, list[float]]) -> tuple[float, list[float]]:
     """The greatest deviation from the reference's losses, and those losses."""
-    groups = results[0].groups
-    key = json.dumps([job.tuner, groups])
+    longest = max(results, key=lambda r: len(r.groups))
+    same = replace(job, arm="reference", groups=longest.groups, steps=len(longest.groups))
+    same = replace(same, lrs=longest.lrs, clip=longest.clip)
+    key = json.dumps([same.tuner, same.groups, same.lrs, same.clip])
     if key not in references:
-        found = run_arm(replace(job, arm="reference", groups=groups, steps=len(groups)))
+        found = run_arm(same)
         if found.error:
             raise RuntimeError(f"the reference failed: {found.error}")
         references[key] = found.losses
@@ -90,17 +95,26 @@ def check(job: Job, results: list[Result], references: dict[str, list[float]]) -
     return worst, expected
 
 
-def race(job: Job, peers: list[str], warm_up: int) -> dict[str, Any]:
-    """One tuner's race; returns what the report shows."""
+def race(job: Job, peers: list[str], warm_up: int, pythons: dict[str, str]) -> dict[str, Any]:
+    """One tuner's race; returns what the report shows. The way back is half as long as the way there.
+
+    Args:
+        job: what every arm does.
+        peers: arms to run against.
+        warm_up: steps of each run that don't count.
+        pythons: interpreters of arms that have one of their own.
+    """
     settings: dict[str, dict[str, Any]] = {"litft": {}}
     tried: dict[str, Any] = {}
     for peer in peers:
-        settings[peer], tried[peer] = at_its_best(replace(job, arm=peer))
+        settings[peer], tried[peer] = at_its_best(replace(job, arm=peer), pythons)
     order = list(settings)
     found: dict[str, list[Result]] = {arm: [] for arm in order}
     floors = [run_arm(replace(job, arm="floor"))]
-    for arm in order + order[::-1]:
-        result = run_arm(replace(job, arm=arm, setting=settings[arm]))
+    back = warm_up + max(1, (job.steps - warm_up) // 2)
+    for arm, steps in [*((arm, job.steps) for arm in order), *((arm, back) for arm in order[::-1])]:
+        turn = replace(job, arm=arm, setting=settings[arm], steps=steps)
+        result = run_arm(turn, pythons.get(arm, sys.executable))
         text = result.error or f"{result.rate(warm_up):.0f} tok/s, peak {result.peak_gb:.2f} GB"
         say(f"  {job.tuner:<5} {arm:<8} {settings[arm]}: {text}")
         found[arm].append(result)
@@ -127,7 +141,7 @@ def race(job: Job, peers: list[str], warm_up: int) -> dict[str, Any]:
             "disqualified": worst > TOLERANCE,
             "losses": results[0].losses,
             "reference": expected,
-            "seconds": [r.seconds for r in results],
+            "seconds": [[round(s, 4) for s in r.seconds] for r in results],
             "packing": sum(results[0].tokens) / sum(results[0].notes.get("slots", results[0].tokens)),
             "notes": [r.notes for r in results],
             "versions": results[0].versions,
@@ -201,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows_per_step", type=int, default=16)
     parser.add_argument("--tokens_per_step", type=int, default=4096)
     parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--litgpt", metavar="PYTHON", help="the interpreter of an environment that holds LitGPT")
     parser.add_argument("--json", help="where the figures go")
     parser.add_argument("--markdown", help="where the report goes")
     args = parser.parse_args(argv)
@@ -209,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     model = args.model or str(default_model())
     started, report = time.time(), {}
     peers = [peer for peer in args.peers.split(",") if peer]
+    pythons = {"litgpt": args.litgpt} if args.litgpt else {}
+    peers += [peer for peer in pythons if peer not in peers]
     with tempfile.TemporaryDirectory() as folder:
         rows = encode(args.data, model, Path(folder), args.rows)
         for tuner in args.tuner.split(","):
@@ -224,9 +241,9 @@ def main(argv: list[str] | None = None) -> int:
                 lr=2e-5 if tuner == "full" else 2e-4,
                 device=args.device,
             )
-            report[tuner] = race(job, peers, args.warm_up)
+            report[tuner] = race(job, peers, args.warm_up, pythons)
             say("\n" + table(tuner, report[tuner]) + "\n")
-    options = {k: v for k, v in vars(args).items() if k not in ("json", "markdown")}
+    options = {k: v for k, v in vars(args).items() if k not in ("json", "markdown", "litgpt")}
     whole = {"machine": machine(), "options": options, "date": time.strftime("%Y-%m-%d"), "races": report}
     whole["seconds"] = round(time.time() - started)
     if args.json:

@@ -14,7 +14,7 @@ def run(job: Job, recorder: Recorder) -> Result:
     model = hf.load(job).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0)
-    for group in job.groups:
+    for step, group in enumerate(job.groups):
         recorder.begin()
         count = sum(label != -100 for row in group for label in recorder.rows[row][1][1:])
         total = 0.0
@@ -24,7 +24,8 @@ def run(job: Job, recorder: Recorder) -> Result:
             loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / count
             loss.backward()
             total += float(loss)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, job.clip or float("inf"))
+        optimizer.param_groups[0]["lr"] = job.lrs[step] if job.lrs else job.lr
         optimizer.step()
         optimizer.zero_grad()
         recorder.end(total, group)
