@@ -177,6 +177,7 @@ class Method(LightningModule):
         from litft.models import attention
         from litft.models.causal_lm import CausalLM
         from litft.models.load import add_rows, load_model
+        from litft.models.masters import spread_masters
 
         if torch.device(device).type == "cpu":
             keep_freed_memory()
@@ -208,6 +209,8 @@ class Method(LightningModule):
             share_inputs(model)
         if self.recompute == "full":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.tuner.trains_base and self.compute_dtype is torch.bfloat16:
+            spread_masters(model)
         model.train()
         routed = getattr(model.config, "router_aux_loss_coef", None)
         if self.balance_experts and routed is None:
