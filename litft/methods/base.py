@@ -177,7 +177,7 @@ class Method(LightningModule):
         from litft.models import attention
         from litft.models.causal_lm import CausalLM
         from litft.models.load import add_rows, load_model
-        from litft.models.masters import spread_masters
+        from litft.tuners.masters import spread_masters
 
         if torch.device(device).type == "cpu":
             keep_freed_memory()

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from litft.errors import UserError
 from litft.tuners.low_rank import SharedInput
-from litft.tuners.quant import is_quantised, weight_matrix
+from litft.tuners.masters import spread_
+from litft.tuners.quant import add_product, compute_dtype, is_quantised, weight_matrix
 
 Init = Literal["default", "gaussian", "pissa"]
 
@@ -99,9 +100,8 @@ class LoRALinear(Adapter):
 
     @property
     def fusable(self) -> bool:
-        """Whether the fused operator can be this layer: a plain weight, and nothing between the products."""
-        base: Any = self.base_layer
-        return type(base) is nn.Linear and not self.dropout and self.lora_magnitude_vector is None
+        """Whether the fused operator can be this layer: it has nothing between its products."""
+        return not self.transposes and not self.dropout and self.lora_magnitude_vector is None
 
     @torch.no_grad()
     def _split_off_principal_part(self) -> None:
@@ -161,24 +161,18 @@ class LoRALinear(Adapter):
         """Map `(..., in_features)` to `(..., out_features)`."""
         if self.shared is not None and self.enabled:
             return self.shared(self, x)
-        y = self.base_layer(x)
         A: Tensor | None = self.lora_A if self.enabled else self.initial_A
         B: Tensor | None = self.lora_B if self.enabled else self.initial_B
         if A is None or B is None:
-            return y  # switched off, and the base layer is whole; PiSSA's lacks what it took out
-        if self.dropout and self.training and self.enabled:
-            x = F.dropout(x, self.dropout)
-        A, B = A.to(y.dtype), B.to(y.dtype)
-        hidden = F.linear(x.to(y.dtype), A).reshape(-1, self.r)
-        if self.lora_magnitude_vector is None or not self.enabled:
-            return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, B.T, alpha=self.scale).view(y.shape)
-        # Lengths change by less than bf16 resolves, so they multiply in fp32.
-        factor = self.lora_magnitude_vector / self.weight_norm()
+            return self.base_layer(x)  # switched off, and the base layer is whole; PiSSA's lacks what it took out
+        x = x.to(compute_dtype(self.base_layer, x))
+        seen = F.dropout(x, self.dropout, self.training and self.enabled)
+        y = add_product(F.linear(F.linear(seen, A.to(x.dtype)) * self.scale, B.to(x.dtype)), x, self.base_layer)
+        if self.lora_magnitude_vector is not None and self.enabled:
+            # Lengths change by less than bf16 resolves, so they multiply in fp32.
+            y = self.lora_magnitude_vector / self.weight_norm() * y
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        directions = y if bias is None else y - bias
-        directions = torch.addmm(directions.reshape(-1, y.shape[-1]), hidden, B.T, alpha=self.scale).view(y.shape)
-        scaled = factor * directions
-        return (scaled if bias is None else scaled + bias).to(y.dtype)
+        return (y if bias is None else y + bias).to(x.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -265,6 +259,9 @@ class TrainedCopy(Adapter):
                 for name, param in base_layer.named_parameters()
             }
         )
+        for name, param in base_layer.named_parameters():
+            if param.dtype == torch.bfloat16:
+                spread_(self.copy[name.replace(".", "/")], name)
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The learning copies by the names they have in the base layer."""
@@ -312,6 +309,8 @@ class TrainableRows(Adapter):
         self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
         if shared is None:
             shared = nn.Parameter(weight.detach()[self.rows].to(torch.float32, copy=True))
+            if weight.dtype == torch.bfloat16:
+                spread_(shared, "rows")
         self.trainable_tokens_delta = shared  # PEFT's name; these are the rows themselves, not a difference
 
     @property

@@ -1,7 +1,9 @@
 """Products of frozen weights with low-rank updates, as one operator: nothing full-size is made beside the outputs.
 
-The update is added inside the product of the up-projections, linear layers that share their input multiply it with all
-their down-projections at once, and a frozen weight gets no gradient. The formulas are those of Hu et al. 2021
+The base's product is added to the update, inside the product, not the other way round: both are then rounded together.
+Added to a `W x` that has been rounded, most of an update of less than half a unit in the last place would be lost, and
+with it the first steps of a run in bf16. Linear layers that share their input multiply it with all their
+down-projections at once, and a frozen weight gets no gradient. The formulas are those of Hu et al. 2021
 (arXiv:2106.09685): `y = W x + b + scale * B A x`.
 """
 
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from litft.tuners.quant import compute_dtype, is_quantised, weight_matrix
 
 
 @torch.library.custom_op("litft::low_rank_linears", mutates_args=())
@@ -41,8 +45,9 @@ def low_rank_linears(
     hidden = rows @ down.t()
     outputs = []
     for weight, bias, up, scale, part in zip(weights, biases, ups, scales, _parts(hidden, ups), strict=True):
-        y = F.linear(rows, weight, bias)
-        y.addmm_(part, up.t(), alpha=scale)
+        y = F.linear(part, up).addmm_(rows, weight.t(), beta=scale)
+        if bias is not None:
+            y += bias
         outputs.append(y.view(*x.shape[:-1], len(weight)))
     return [*outputs, hidden]
 
@@ -61,19 +66,15 @@ def low_rank_linears_backward(
     """Gradients of the input (empty where nobody wants it), of `down` and of `ups`."""
     rows = x.reshape(-1, x.shape[-1])
     d_hidden = torch.empty_like(hidden)
-    d_x = torch.empty_like(rows) if to_input else rows.new_empty(0)
     d_ups = []
-    every = zip(grads, weights, ups, scales, _parts(hidden, ups), _parts(d_hidden, ups), strict=True)
-    for index, (grad, weight, up, scale, part, d_part) in enumerate(every):
-        grad = grad.reshape(-1, len(weight))
+    grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+    every = zip(grads, ups, scales, _parts(hidden, ups), _parts(d_hidden, ups), strict=True)
+    for grad, up, scale, part, d_part in every:
         d_part.copy_((grad @ up).mul_(scale))
         d_ups.append((grad.t() @ part).mul_(scale))
-        if to_input and index:
-            d_x.addmm_(grad, weight)
-        elif to_input:
-            torch.mm(grad, weight, out=d_x)
-    if to_input:
-        d_x.addmm_(d_hidden, down)
+    d_x = d_hidden @ down if to_input else rows.new_empty(0)
+    for grad, weight in zip(grads, weights, strict=True) if to_input else ():
+        d_x.addmm_(grad, weight)
     return [d_x.view(x.shape) if to_input else d_x, d_hidden.t() @ rows, *d_ups]
 
 
@@ -143,16 +144,40 @@ class SharedInput:
         return output
 
 
+class _Quantised(torch.autograd.Function):
+    """`low_rank_linears` of packed weights, which are expanded for the forward and again for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, bases: list[Any], biases: list[Any], scales: list[float], *ups: Tensor
+    ) -> tuple[Tensor, ...]:
+        *outputs, hidden = low_rank_linears(x, _expanded(bases, x.dtype), biases, down, ups, scales)
+        ctx.bases, ctx.scales = bases, scales
+        ctx.save_for_backward(x, down, hidden, *ups)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, down, hidden, *ups = ctx.saved_tensors
+        weights, to_input = _expanded(ctx.bases, x.dtype), ctx.needs_input_grad[0]
+        d_x, d_down, *d_ups = low_rank_linears_backward(grads, x, weights, down, ups, hidden, ctx.scales, to_input)
+        return d_x if to_input else None, d_down, None, None, None, *d_ups
+
+
+def _expanded(bases: list[Any], dtype: torch.dtype) -> list[Tensor]:
+    return [weight_matrix(base).to(dtype) for base in bases]
+
+
 def _outputs(layers: list[Any], x: Tensor) -> list[Tensor]:
-    device = x.device.type
-    dtype = layers[0].base_layer.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    weights = [layer.base_layer.weight.to(dtype) for layer in layers]
-    biases = [None if layer.base_layer.bias is None else layer.base_layer.bias.to(dtype) for layer in layers]
-    down = torch.cat([layer.lora_A for layer in layers]).to(dtype)
-    ups = [layer.lora_B.to(dtype) for layer in layers]
-    return low_rank_linears(x.to(dtype), weights, biases, down, ups, [layer.scale for layer in layers])[:-1]
+    bases = [layer.base_layer for layer in layers]
+    x = x.to(compute_dtype(bases[0], x))
+    biases = [None if base.bias is None else base.bias.to(x.dtype) for base in bases]
+    down = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)
+    ups = [layer.lora_B.to(x.dtype) for layer in layers]
+    scales = [layer.scale for layer in layers]
+    if any(map(is_quantised, bases)):
+        return list(_Quantised.apply(x, down, bases, biases, scales, *ups))
+    return low_rank_linears(x, _expanded(bases, x.dtype), biases, down, ups, scales)[:-1]
 
 
 def share_inputs(model: Any) -> int:

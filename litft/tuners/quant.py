@@ -84,7 +84,7 @@ class Int8Linear(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y = _Int8Product.apply(x, self.weight, self.scale)
+        y: Tensor = _QuantisedProduct.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -92,18 +92,44 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class _Int8Product(torch.autograd.Function):
-    """`x W^T` that keeps the int8 weight for the backward pass, not its expansion."""
+def compute_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
+    """What a frozen layer computes in: autocast's type, else its weights', its input's where they are packed."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.dtype if weight.is_floating_point() else x.dtype
+
+
+def add_product(update: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+    """`update + x W^T` of a frozen layer, summed before anything is rounded; its bias is left out.
+
+    Args:
+        update: [..., out].
+        x: [..., in], of the same type.
+        layer: quantised weights are expanded for the forward and again for the backward pass.
+    """
+    rows, onto = x.reshape(-1, x.shape[-1]), update.reshape(-1, update.shape[-1])
+    if is_quantised(layer):
+        y: Tensor = _QuantisedProduct.apply(rows, layer, onto)
+    else:
+        y = torch.addmm(onto, rows, weight_matrix(layer).to(x.dtype).T)
+    return y.view(update.shape)
+
+
+class _QuantisedProduct(torch.autograd.Function):
+    """`x W^T`, added to an update, that keeps the packed weight for the backward pass, not its expansion."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, _expand(weight, scale, x.dtype))
+    def forward(ctx: Any, x: Tensor, layer: nn.Module, update: Tensor | None = None) -> Tensor:
+        ctx.layer = layer
+        weight = weight_matrix(layer).to(x.dtype)
+        return F.linear(x, weight) if update is None else torch.addmm(update, x, weight.T)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return grads[0] @ _expand(weight, scale, grads[0].dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        grad = grads[0]
+        d_x = grad @ weight_matrix(ctx.layer).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return d_x, None, grad if len(ctx.needs_input_grad) > 2 and ctx.needs_input_grad[2] else None
 
 
 def _expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

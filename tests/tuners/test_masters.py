@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from litft import SFT, Full
-from litft.models.masters import spread_masters
+from litft.tuners.masters import spread_masters
 
 
 def loaded(folder):

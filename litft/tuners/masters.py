@@ -30,7 +30,7 @@ def spread_masters(model: Any) -> int:
     Returns:
         The number of weights that were spread.
     """
-    from litft.tuners.targets import is_linear
+    from litft.tuners.targets import is_linear  # which knows the tuner's layers, which spread theirs
 
     embedding = model.get_input_embeddings().weight
     spread = 0
@@ -38,16 +38,27 @@ def spread_masters(model: Any) -> int:
         weight: Any = getattr(module, "weight", None)
         if not is_linear(module) or weight is embedding or weight.dtype != torch.float32 or not weight.requires_grad:
             continue
-        if torch.equal(weight, weight.bfloat16().float()):
-            _spread(weight, crc32(name.encode()))
-            spread += weight.numel()
+        spread += weight.numel() * spread_(weight, name)
     return spread
 
 
-def _spread(weight: Tensor, seed: int) -> None:
-    """Add to the lower 16 bits what still rounds back; zeros stay."""
+@torch.no_grad()
+def spread_(weight: Tensor, name: str) -> bool:
+    """Spread an fp32 weight in place over what rounds to its bf16 numbers; zeros stay.
+
+    Args:
+        weight: [..., any].
+        name: what the spread depends on.
+
+    Returns:
+        Whether it was: not if it holds more than bf16 numbers.
+    """
+    if not torch.equal(weight, weight.bfloat16().float()):
+        return False
+    seed = crc32(name.encode())
     generator = torch.Generator(weight.device).manual_seed(seed)
     for row in weight.split(max(1, (1 << 22) // weight.shape[-1])):  # the random numbers of a few rows at a time
         bits = row.view(torch.int32)
         offset = torch.randint(1 - HALF, HALF, row.shape, generator=generator, dtype=torch.int32, device=row.device)
         bits.add_(offset.mul_(row != 0))
+    return True
