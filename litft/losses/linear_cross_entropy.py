@@ -90,10 +90,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight, d_bias, hidden, weight, bias, targets = ctx.saved_tensors
         # one number for all rows: the gradient of a sum comes as an expanded scalar, which shows without a look at it
         alike = above.numel() < 2 or above.stride() == (0,)
-        factor = above[:1].sum()
+        factor = above[:1].sum().reshape(1)  # fp32 in one dimension: products with it are made fp32 without a copy
         if hidden is None or (ctx.ahead and alike):
             d_hidden = None if d_hidden is None else d_hidden * above[:, None]
-            d_weight, d_bias = (None if d is None else d.float() * factor for d in (d_weight, d_bias))
+            d_weight, d_bias = (None if d is None else d * factor for d in (d_weight, d_bias))
         else:
             with torch.autocast(hidden.device.type, enabled=False):
                 gradients = _Gradients(ctx, hidden, weight, bias)

@@ -174,12 +174,12 @@ class Method(LightningModule):
         Returns:
             Itself.
         """
-        from litft.models import attention
+        from litft.models import attention, native
         from litft.models.causal_lm import CausalLM
         from litft.models.load import add_rows, load_model
         from litft.tuners.masters import spread_masters
 
-        if torch.device(device).type == "cpu":
+        if torch.device(device).type == "cpu" and not native.use_arena():
             keep_freed_memory()
         self.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
         dtype = torch.float32 if self.tuner.trains_base or self.compute_dtype is None else self.compute_dtype

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from litft.models.recompute import Again
+
 WORTH_FLOPS = {"cpu": 5e13, "cuda": 5e16}
 """Operations of a run from which compiling earns back what it costs. It takes 10 to 60 s and saves about a third of the
 time on a CPU and a fifth on a GPU; uncompiled, a small CPU does some 4e11 operations a second, an H100 some 2e14."""
@@ -20,10 +22,11 @@ def layers_of(model: Any) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
     for module in model.modules():
-        inside = any(module is part for layer in found for part in layer.modules())
-        if isinstance(module, GradientCheckpointingLayer) and not inside:
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
             found.append(module)
+            inside.update(module.modules())
     return found
 
 
@@ -72,13 +75,20 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
     layers = layers_of(model)
     start = time.perf_counter()
     for layer in layers:
-        layer.compile(dynamic=True)
+        again: Any = layer.forward
+        if isinstance(again, Again) and not again.selective:  # what runs again is the compiled pass
+            again.forward = torch.compile(again.forward, dynamic=True, fullgraph=True)
+        else:
+            layer.compile(dynamic=True, fullgraph=True)
     try:
         with torch.random.fork_rng():
             first_pass()
     except Exception as error:  # whatever dynamo, inductor or a C++ compiler may raise: the run goes on without
         for layer in layers:
             layer._compiled_call_impl = None
+            again = layer.forward
+            if isinstance(again, Again) and not again.selective:
+                again.forward = again.forward._torchdynamo_orig_callable
         text = (str(error).strip().splitlines() or [""])[0]
         return Compiled(failed=f"{type(error).__name__}: {text[:160]}")
     return Compiled(len(layers), time.perf_counter() - start)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from litft.models import cpu
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+FOLDER = Path(__file__).parent
 
 
 @functools.cache
@@ -32,32 +32,44 @@ def library() -> ctypes.CDLL | None:
 
     Building takes some two seconds, once for a machine and a version of torch.
     """
-    if platform.system() != "Linux" or not cpu.fast_bf16() or compiler() is None:
+    loaded = _load("attention") if cpu.fast_bf16() else None
+    return loaded if loaded is not None and loaded.litft_attention_runs_here() else None
+
+
+@functools.cache
+def use_arena() -> bool:
+    """Give all further tensors on the CPU memory that is kept when they are freed (memory.cpp); False where it can't be."""
+    loaded = _load("memory")
+    return loaded is not None and bool(loaded.litft_use_arena())
+
+
+def _load(name: str) -> ctypes.CDLL | None:
+    """The library made from `name`.cpp; None where it cannot be built."""
+    if platform.system() != "Linux" or compiler() is None:
         return None
     try:
-        loaded = ctypes.CDLL(str(_built()))
-        return loaded if loaded.litft_attention_runs_here() else None
-    except (OSError, subprocess.SubprocessError, AttributeError):
+        return ctypes.CDLL(str(_built(name)))
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _built() -> Path:
+def _built(name: str) -> Path:
     from litft.models.alias import cache_dir
 
-    torch_root = Path(torch.__file__).parent
+    source, torch_root = FOLDER / f"{name}.cpp", Path(torch.__file__).parent
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
     flags = ["-std=c++20", "-O3", "-march=native", *wide, "-fno-math-errno", "-fopenmp", "-fPIC", "-w"]
     # torch's own OpenMP: a second one would bring a second set of threads
     openmp = [str(path) for path in torch_root.glob("lib/libgomp*.so*")] or ["-fopenmp"]
-    parts = [SOURCE.read_text(), torch.__version__, str(compiler()), *sorted(cpu.flags()), *flags]
-    place = cache_dir() / "native" / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:20]}.so"
+    parts = [source.read_text(), torch.__version__, str(compiler()), *sorted(cpu.flags()), *flags]
+    place = cache_dir() / "native" / f"{name}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:20]}.so"
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:  # beside its place, then renamed
-        compiled, linked = f"{folder}/attention.o", f"{folder}/attention.so"
+        compiled, linked = f"{folder}/{name}.o", f"{folder}/{name}.so"
         run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=300)
-        run([compiler(), *flags, f"-I{torch_root}/include", "-c", str(SOURCE), "-o", compiled])
+        run([compiler(), *flags, f"-I{torch_root}/include", "-c", str(source), "-o", compiled])
         run([compiler(), "-shared", compiled, "-o", linked, f"-L{torch_root}/lib", "-ltorch_cpu", "-lc10", *openmp])
         os.replace(linked, place)
     return place

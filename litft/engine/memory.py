@@ -1,0 +1,382 @@
+"""How much memory a run will take, and the cheapest way to make it fit.
+
+What the layers keep for the backward pass is not guessed from a formula: two short passes of the model at hand, without
+a backward pass, show what each layer keeps a token, whatever its architecture, tuner and attention. The rest is counted:
+
+    peak = weights + optimizer's states + 16-bit copies of learning weights
+           + the greater of   what is kept + logits        at the end of the forward pass (and gradients, from the
+                                                            second micro-batch of a step on)
+                              gradients + a layer's work   at the end of the backward pass
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litft.data.batch import Batch, pack_documents
+from litft.models.recompute import Offload, Recompute, is_kept, recomputed
+
+LENGTHS = (64, 192)
+"""Tokens of the two passes: what grows between them is a token's, the rest is constant."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How memory is saved.
+
+    Attributes:
+        recompute: what runs again in the backward pass.
+        offload: what waits in the host's memory.
+        small_states: the optimizer's moments are kept in 8 bits.
+    """
+
+    recompute: Recompute = "none"
+    offload: Offload = "none"
+    small_states: bool = False
+
+
+@dataclass
+class Measured:
+    """What a model keeps for its backward pass, in bytes.
+
+    Attributes:
+        layers: of each decoder layer, a token's.
+        products: of each, results of matrix products and attention alone.
+        inputs: of each, its input.
+        outside: of everything else, a token's.
+        constant: copies of weights and the like.
+    """
+
+    layers: list[float] = field(default_factory=list)
+    products: list[float] = field(default_factory=list)
+    inputs: list[float] = field(default_factory=list)
+    outside: float = 0.0
+    constant: float = 0.0
+
+
+class _Watch(TorchDispatchMode):
+    """Adds up what is saved for the backward pass, and what products give, by layer; -1 stands for outside of them."""
+
+    def __init__(self, layers: list[nn.Module], known: set[int]) -> None:
+        super().__init__()
+        self.at, self.known = -1, set(known)
+        self.saved, self.products, self.inputs = ([0] * (len(layers) + 1) for _ in range(3))
+        self.alive: list[Tensor] = []  # storages must not be reused while they are told apart by address
+
+    def enter(self, index: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.at = index
+            first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            self.inputs[index] = first.numel() * first.element_size()
+
+        return hook
+
+    def leave(self, *_: Any) -> None:
+        self.at = -1
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self.known.add(storage.data_ptr())
+            self.alive.append(tensor.detach())
+            self.saved[self.at] += storage.nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if is_kept(func):
+            results = found if isinstance(found, (tuple, list)) else [found]
+            self.products[self.at] += sum(r.numel() * r.element_size() for r in results if isinstance(r, Tensor))
+        return found
+
+
+def measure(model: nn.Module, layers: list[nn.Module], loss: Callable[[Batch], Tensor], pack: Any) -> Measured:
+    """Run two short passes and see what they keep.
+
+    Args:
+        model: on its device, its tuner applied, nothing recomputed yet.
+        layers: its decoder layers.
+        loss: of a micro-batch; called inside the precision's context.
+        pack: documents -> micro-batch on the model's device.
+    """
+    known = {p.untyped_storage().data_ptr() for p in itertools.chain(model.parameters(), model.buffers())}
+    found = []
+    for tokens in LENGTHS:
+        trained = np.arange(tokens) == tokens - 1
+        batch = pack([(np.zeros(tokens, np.int64), trained)])
+        watch = _Watch(layers, known)
+        handles = [layer.register_forward_pre_hook(watch.enter(i), with_kwargs=True) for i, layer in enumerate(layers)]
+        handles += [layer.register_forward_hook(watch.leave) for layer in layers]
+        try:
+            with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda t: t), watch:
+                loss(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        found.append(watch)
+    few, many = found
+    more = LENGTHS[1] - LENGTHS[0]
+
+    def slope(name: str) -> list[float]:
+        return [(b - a) / more for a, b in zip(getattr(few, name), getattr(many, name), strict=True)]
+
+    *kept, outside = slope("saved")
+    return Measured(
+        layers=kept,
+        products=slope("products")[:-1],
+        inputs=slope("inputs")[:-1],
+        outside=outside,
+        constant=sum(few.saved) - LENGTHS[0] * (sum(kept) + outside),
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What else a run's memory depends on; sizes in bytes.
+
+    Attributes:
+        weights: as they are stored.
+        layer: those of the greatest decoder layer.
+        loading: what is in memory beside the weights while they are read.
+        learning: number of weights that learn.
+        small: of them, those in tensors too small for 8-bit moments.
+        head: number of weights of the head.
+        head_learns: whether they learn.
+        tied: whether they are the embedding's too.
+        vocabulary: rows of the head.
+        item: bytes of a number in what is computed.
+        tokens: slots of the largest micro-batch.
+        targets: trained tokens in it.
+        several: whether a step has more than one.
+        buckets: whether DDP keeps gradients a second time.
+        compiled: whether the layers are compiled.
+        trains_base: whether the model's own weights learn.
+        device: cpu or cuda.
+    """
+
+    weights: int
+    layer: int
+    loading: int
+    learning: int
+    small: int
+    head: int
+    head_learns: bool
+    tied: bool
+    vocabulary: int
+    item: int
+    tokens: int
+    targets: int
+    several: bool
+    buckets: bool
+    compiled: bool
+    trains_base: bool
+    device: str
+
+
+OVERHEAD = {"cpu": 150e6, "cuda": 600e6}
+"""Bytes of everything else: tokenizer, plan, kernels and their workspaces; on a GPU cuBLAS's among them."""
+COMPILED = 4 / 3
+"""A compiled layer keeps its input and about so many times the results of its products (measured: 1.38 full, 1.36
+LoRA, on a Llama-like layer); the rest is cheap and is computed again."""
+SMALL_TENSOR = 4096
+"""Weights of a tensor below which bitsandbytes keeps moments in fp32."""
+MARGIN = {"cpu": 0.9, "cuda": 0.92}
+"""The part of free memory that a plan may fill."""
+
+
+def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float]:
+    """The peak, and what it is made of, in bytes.
+
+    Args:
+        measured: of `measure`.
+        facts: of the run.
+        choice: how memory is saved.
+
+    Returns:
+        `weights`, `optimizer`, `gradients`, `activations`, `logits`, `other`, their sum `step`, `loading`, and `peak`.
+    """
+    host = choice.offload == "parameters"
+    again = set(recomputed(list(range(len(measured.layers))), "full" if choice.offload != "none" else choice.recompute))
+    kept, work = measured.outside, 0.0
+    for index, (layer, products, inputs) in enumerate(
+        zip(measured.layers, measured.products, measured.inputs, strict=True)
+    ):
+        whole = min(layer, inputs + COMPILED * products) if facts.compiled else layer
+        if index in again:
+            work = max(work, whole)
+            kept += 0 if choice.offload == "activations" else inputs
+            kept += products if choice.recompute == "selective" and choice.offload == "none" else 0
+        else:
+            kept += whole
+    # fp32, and of one layer at a time where they go back to the host
+    gradients = 4.0 * (facts.layer / 4 if host and facts.trains_base else facts.learning)
+    moments = 2.03 * (facts.learning - facts.small) + 8.0 * facts.small if choice.small_states else 8.0 * facts.learning
+    weights = min(facts.weights, facts.weights - facts.layer * (len(measured.layers) - 2)) if host else facts.weights
+    head_gradient = (4.0 + 4.0 * facts.tied) * facts.head if facts.head_learns else 0.0
+    from litft.losses.linear_cross_entropy import BLOCK, CHUNK
+
+    logits = facts.item * min(float(facts.targets) * facts.vocabulary, BLOCK) + 12.0 * CHUNK.get(facts.device, 0)
+    logits += facts.item * facts.head if facts.head_learns and facts.item < 4 else 0.0
+    copies = measured.constant * (2 / len(measured.layers) if host and measured.layers else 1)
+    before = gradients if facts.several else 0.0
+    ahead = before + (kept + work) * facts.tokens + max(logits, head_gradient)
+    back = gradients + work * facts.tokens + head_gradient
+    parts = {
+        "weights": weights,
+        "optimizer": 0.0 if host and facts.trains_base else moments,
+        "gradients": before if ahead > back else gradients,
+        "activations": ((kept + work) if ahead > back else work) * facts.tokens,
+        "logits": max(logits, head_gradient) if ahead > back else head_gradient,
+        "other": copies + OVERHEAD[facts.device] + (4.0 * facts.learning if facts.buckets else 0.0),
+    }
+    step = sum(parts.values())
+    loading = facts.weights + facts.loading + OVERHEAD["cpu"] if facts.device == "cpu" else 0.0
+    return {**parts, "step": step, "loading": loading, "peak": max(step, loading)}
+
+
+EVERY = (8, 4, 3, 2)
+
+
+def candidates(facts: Facts, recompute: Any, offload: Any, small_states: bool | None) -> list[tuple[float, Choice]]:
+    """Ways to save memory, each with the time it costs as a share of the step's, cheapest first.
+
+    Measured on a CPU with SmolLM2-135M: all layers again 16 to 33% (full tuning) and 33 to 50% (LoRA), where counting
+    products says 33 and 50%; selectively 5 to 11%, and nothing gained with adapters. Moments in 8 bits cost little time
+    but round, so they come after what gives the same numbers. What offloading costs is not yet measured.
+
+    Args:
+        facts: of the run.
+        recompute: what the user said; `auto` leaves it open.
+        offload: the same; `parameters` has to be said before the model goes to its device.
+        small_states: the same; None leaves it open.
+    """
+    once = 1 / 3 if facts.trains_base else 1 / 2  # a forward pass of a step's products
+    ways: dict[Any, float] = {"none": 0.0, **{n: once / n for n in EVERY}, "full": once}
+    if facts.trains_base:
+        ways["selective"] = 0.1
+    if recompute != "auto":
+        ways = {recompute: ways.get(recompute, once / recompute if isinstance(recompute, int) else 0.1)}
+    places = {"none": 0.0} | ({"activations": 0.15} if facts.device == "cuda" and "full" in ways else {})
+    if offload != "auto":
+        places = {offload: {"none": 0.0, "activations": 0.15, "parameters": 2.0}[offload]}
+    states = {False: 0.0, True: 0.5} if small_states is None else {small_states: 0.0}
+    found = []
+    for (way, time), (place, more), (small, penalty) in itertools.product(ways.items(), places.items(), states.items()):
+        if place == "none" or way in ("full", recompute):
+            found.append((time + more + penalty, Choice(way, place, small)))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def cheapest(
+    measured: Measured, facts: Facts, room: float, options: Iterable[tuple[float, Choice]]
+) -> tuple[Choice, dict[str, float]]:
+    """The first choice whose peak fits the room, or the one with the lowest peak where none does."""
+    predictions = [(choice, predict(measured, facts, choice)) for _, choice in options]
+    fitting = [found for found in predictions if found[1]["peak"] <= room]
+    return fitting[0] if fitting else min(predictions, key=lambda found: found[1]["peak"])
+
+
+def room_on(device: torch.device, processes: int = 1) -> float:
+    """Bytes that a run may take on a device that it has all but to itself; what this process holds is counted in.
+
+    Args:
+        device: a GPU, or the CPU (the machine's memory, or the container's where that is less).
+        processes: of this run, on the same machine.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return (free + torch.cuda.memory_reserved(device)) * MARGIN["cuda"]
+    own = _number("/proc/self/statm", 1) * 4096
+    free = min(filter(None, [_available(), _left_in_container()]), default=float("inf"))
+    return (free + own) / processes * MARGIN["cpu"]
+
+
+def _available() -> float:
+    """Memory that Linux would give without swapping; 0 where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0.0)
+
+
+def _left_in_container() -> float:
+    """What a control group leaves; 0 where there is no limit."""
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most = _number(limit)
+        if 0 < most < 2**60:
+            return max(1.0, most - _number(usage))
+    return 0.0
+
+
+def _number(path: str, index: int = 0) -> float:
+    try:
+        return float(Path(path).read_text().split()[index])
+    except (OSError, ValueError, IndexError):  # not there, or "max"
+        return 0.0
+
+
+@dataclass
+class MemoryPlan:
+    """What was predicted and chosen.
+
+    Attributes:
+        choice: how memory is saved.
+        parts: of `predict`.
+        room: bytes there are.
+    """
+
+    choice: Choice
+    parts: dict[str, float]
+    room: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the room."""
+        return self.parts["peak"] <= self.room
+
+    def summary(self) -> dict[str, Any]:
+        """For run.json and `--dry_run --json`; sizes in GB (1e9 bytes)."""
+        return {
+            "predicted_gb": round(self.parts["peak"] / 1e9, 3),
+            "available_gb": round(self.room / 1e9, 3),
+            "fits": self.fits,
+            "recompute": self.choice.recompute,
+            "offload": self.choice.offload,
+            "states_in_8_bits": self.choice.small_states,
+            "parts_gb": {k: round(v / 1e9, 3) for k, v in self.parts.items() if k != "peak"},
+        }
+
+    def __str__(self) -> str:
+        """A line for the console."""
+        text = f"memory about {self.parts['peak'] / 1e9:.1f} GB of {self.room / 1e9:.1f}"
+        saved = {
+            "none": "",
+            "selective": "all but products and attention runs again in the backward pass",
+            "full": "layers run again in the backward pass",
+        }.get(self.choice.recompute, f"every {self.choice.recompute}. layer runs again in the backward pass")  # type: ignore[arg-type]
+        ways = [saved] if saved else []
+        if self.choice.offload != "none":
+            ways.append(f"{self.choice.offload} wait in the host's memory")
+        if self.choice.small_states:
+            ways.append("the optimizer's moments are kept in 8 bits")
+        text += f": {', '.join(ways)}" if ways else ""
+        return text if self.fits else f"{text}\n{NOT_ENOUGH}"
+
+
+NOT_ENOUGH = (
+    "       that is more than there is. To take less, from the cheapest on: a smaller --data.tokens_per_batch, lora or "
+    "qlora,\n       --model.recompute full, --model.optimizer adamw_8bit, a smaller --data.max_length"
+)
