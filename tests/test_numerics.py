@@ -15,6 +15,7 @@ from training import difference, moved, train
 
 from litft import Full, LoRA, StepMetrics, UserError
 from litft.engine.guard import clip_and_guard
+from litft.engine.memory import LENGTHS
 from litft.engine.metrics import BadLoss
 from litft.engine.samples import Samples
 
@@ -51,7 +52,8 @@ def test_h1_recompute_runs_every_layer_twice(recompute: str, tiny_llama: Path, r
             layer.mlp.register_forward_pre_hook(lambda m, a: passes.update({m.training: passes[m.training] + 1}))
 
     trace = train(tiny_llama, rows, method={"recompute": recompute}, change=count, **STEP)
-    assert passes == {True: sum(trace.micro_batches) * 2 * (2 if recompute == "full" else 1), False: 0}
+    planning = 2 * len(LENGTHS)  # two layers each
+    assert passes == {True: planning + sum(trace.micro_batches) * 2 * (2 if recompute == "full" else 1), False: 0}
 
 
 def test_h1_dropout_is_on_in_training_and_off_in_validation(tmp_path: Path, rows: Path) -> None:

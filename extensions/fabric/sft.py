@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> list[float]:
     data = ChatData(args.data, tokens_per_step=args.tokens_per_step)
     with fabric.rank_zero_first():  # the first encodes, the others read its cache
         data.prepare(method, max_steps=args.max_steps, ranks=fabric.world_size, rank=fabric.global_rank)
-    method.total_steps = data.total_steps
+    method.take_plan(data)
     method.build(precision, fabric.device)
     [optimizer], [schedule] = method.configure_optimizers()
     method, optimizer = fabric.setup(method, optimizer)

@@ -72,10 +72,12 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     signals.check()
     if config.dry_run:
         cli.model.build(trainer.precision, trainer.strategy.root_device)
-        cli.model.total_steps = cli.datamodule.total_steps
+        cli.model.to(trainer.strategy.root_device)
+        cli.model.take_plan(cli.datamodule)
         cli.model.configure_optimizers()
-        applied = cli.model.applied
-        lines = [*plan_lines(planned), model_line(cli.model)]
+        applied, memory = cli.model.applied, cli.model.memory
+        lines = [*plan_lines(planned), model_line(cli.model), *([str(memory)] if memory else [])]
+        planned["memory"] = memory.summary() if memory else None
         planned |= {"trainable": applied.trainable, "parameters": applied.total, "precision": trainer.precision}
         planned["skipped_modules"] = applied.skipped
         print(json.dumps(planned, indent=2) if config.json else "\n".join(lines))

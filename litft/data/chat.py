@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning import LightningDataModule
-from torch.utils.data import Dataset
 
 from litft.data import hub, tokens
 from litft.data.batch import Batch
 from litft.data.conversation import Conversation
 from litft.data.files import Row, read_rows
 from litft.data.layout import lay_out
-from litft.data.loader import StepLoader, Steps, make_batch
-from litft.data.plan import MICRO_BATCH, Plan, default_tokens_per_step, epoch_order, run_counts
+from litft.data.loader import MicroBatches, StepLoader, Steps, make_batch
+from litft.data.plan import MICRO_BATCH, MicroBatch, Plan, default_tokens_per_step, epoch_order, run_counts
+from litft.data.progress import Progress
 from litft.data.rows import schema_of, to_conversation
 from litft.data.selection import Selection, select, split_validation
 from litft.data.template import ChatEncoder, find_template, missing_tokens
@@ -202,6 +201,11 @@ class ChatData(LightningDataModule):
         return round(tokens * (epoch + (index + 1) / len(plan.steps(epoch))))
 
     @property
+    def largest_micro_batch(self) -> MicroBatch:
+        """What a run has to have memory for."""
+        return self._planned().largest_micro_batch()
+
+    @property
     def run_seed(self) -> int:
         """`seed`, or the one that `seed_everything` has set, or 0."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -229,10 +233,12 @@ class ChatData(LightningDataModule):
     def val_dataloader(self) -> list[StepLoader]:
         """One loader of micro-batches a validation set, in the order of `val_names`."""
         plan = self._planned()
-        return [
-            StepLoader(_ValBatches(s, plan, self._rank, self._pad_id), pin_memory=self._pin)
-            for s in self.val_selections.values()
-        ]
+        found = []
+        for rows in self.val_selections.values():
+            packs = lay_out(np.arange(len(rows)), rows.lengths, plan.tokens_per_batch, plan.ranks, plan.packing)
+            make = functools.partial(_make, rows.read, plan.packing, self._pad_id)
+            found.append(StepLoader(MicroBatches(packs[self._rank], make), pin_memory=self._pin))
+        return found
 
     @property
     def val_names(self) -> list[str]:
@@ -345,7 +351,7 @@ class ChatData(LightningDataModule):
         )
         size = path.stat().st_size if local and path.is_file() else 0
         workers = min(8, os.cpu_count() or 1) if size > tokens.PARALLEL_FROM else 1
-        with _progress(f"encoding {path.name}") as advance:
+        with Progress(f"encoding {path.name}") as advance:
             store = tokens.encode_file(
                 lambda: read_rows(source, revision=self.revision),
                 functools.partial(_encode, encoder),
@@ -406,34 +412,3 @@ def _named(val: str | list[str] | dict[str, str] | None) -> dict[str, str]:
         name if names.count(name) == 1 else f"{name}-{i}": f
         for i, (name, f) in enumerate(zip(names, files, strict=True))
     }
-
-
-class _ValBatches(Dataset):
-    """A rank's micro-batches of a validation set: equally many on every rank, each row on exactly one of them."""
-
-    def __init__(self, rows: Selection, plan: Plan, rank: int, pad_id: int) -> None:
-        self.rows, self.packing, self.pad_id = rows, plan.packing, pad_id
-        everything = np.arange(len(rows))
-        self.packs = lay_out(everything, rows.lengths, plan.tokens_per_batch, plan.ranks, plan.packing)[rank]
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, index: int) -> Batch:
-        return _make(self.rows.read, self.packing, self.pad_id, self.packs[index], 1.0, 0)
-
-
-class _progress:
-    """A counter on stderr for encoding that takes over two seconds."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> Any:
-        from tqdm import tqdm
-
-        self.bar = tqdm(desc=self.what, unit=" rows", delay=2, disable=not sys.stderr.isatty(), leave=False)
-        return lambda done: self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

@@ -83,6 +83,24 @@ class Steps(Dataset):
         }
 
 
+class MicroBatches(Dataset):
+    """A rank's micro-batches of a validation set, each the same whatever the others are.
+
+    Args:
+        packs: rows of each.
+        make: rows, denominator and spare row -> micro-batch.
+    """
+
+    def __init__(self, packs: list[np.ndarray], make: Callable[[np.ndarray, float, int], Batch]) -> None:
+        self.packs, self.make = packs, make
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.make(self.packs[index], 1.0, 0)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """Let a worker outlive a signal to the whole process group, such as Ctrl-C or a scheduler's SIGTERM.
 

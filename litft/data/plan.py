@@ -108,6 +108,21 @@ def _best_fill(size: np.ndarray, used: np.ndarray, room: int) -> list[int]:
     return [int(free[best]), *([int(free[partner[best]])] if partner[best] >= 0 else [])]
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What of a micro-batch decides how much memory it takes.
+
+    Attributes:
+        slots: tokens, filling included.
+        targets: of them, in the loss.
+        several: whether an optimizer step has more than one.
+    """
+
+    slots: int
+    targets: int
+    several: bool
+
+
 @dataclass
 class Plan:
     """Every optimizer step of a run, known ahead.
@@ -154,6 +169,14 @@ class Plan:
         if epoch not in self._longest_steps:
             self.steps(epoch)
         return self._longest_steps[epoch]
+
+    def largest_micro_batch(self) -> MicroBatch:
+        """The size of the first epoch's largest, as packs come out: a step's rows in parts of nearly the same sum."""
+        step = self.longest_step(0)
+        count = max(1, -(-step // (self.tokens_per_batch * self.ranks)))
+        slots = min(self.tokens_per_batch, -(-step // (count * self.ranks)) * 21 // 20)
+        share = int(self.trained.sum()) / max(1, int(self.lengths.sum()))
+        return MicroBatch(slots, round(slots * share), count > 1)
 
     def first_step(self, epoch: int) -> int:
         """The number of optimizer steps before an epoch."""

@@ -1,7 +1,8 @@
 """How much memory a run will take, and the cheapest way to make it fit.
 
 What the layers keep for the backward pass is not guessed from a formula: two short passes of the model at hand, without
-a backward pass, show what each layer keeps a token, whatever its architecture, tuner and attention. The rest is counted:
+a backward pass, show what each layer keeps a token, whatever its architecture, tuner and attention. The rest is
+counted:
 
     peak = weights + optimizer's states + 16-bit copies of learning weights
            + the greater of   what is kept + logits        at the end of the forward pass (and gradients, from the
@@ -12,9 +13,9 @@ a backward pass, show what each layer keeps a token, whatever its architecture, 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litft.data.batch import Batch, pack_documents
+from litft.data.batch import Batch
 from litft.models.recompute import Offload, Recompute, is_kept, recomputed
 
 LENGTHS = (64, 192)
@@ -205,7 +206,7 @@ def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float
         `weights`, `optimizer`, `gradients`, `activations`, `logits`, `other`, their sum `step`, `loading`, and `peak`.
     """
     host = choice.offload == "parameters"
-    again = set(recomputed(list(range(len(measured.layers))), "full" if choice.offload != "none" else choice.recompute))
+    again = set(recomputed(range(len(measured.layers)), "full" if choice.offload != "none" else choice.recompute))
     kept, work = measured.outside, 0.0
     for index, (layer, products, inputs) in enumerate(
         zip(measured.layers, measured.products, measured.inputs, strict=True)
@@ -265,9 +266,9 @@ def candidates(facts: Facts, recompute: Any, offload: Any, small_states: bool | 
         ways["selective"] = 0.1
     if recompute != "auto":
         ways = {recompute: ways.get(recompute, once / recompute if isinstance(recompute, int) else 0.1)}
-    places = {"none": 0.0} | ({"activations": 0.15} if facts.device == "cuda" and "full" in ways else {})
-    if offload != "auto":
-        places = {offload: {"none": 0.0, "activations": 0.15, "parameters": 2.0}[offload]}
+    moving: dict[Offload, float] = {"none": 0.0, "activations": 0.15, "parameters": 2.0}
+    open_to: list[Offload] = ["none", "activations"] if facts.device == "cuda" and "full" in ways else ["none"]
+    places = {place: moving[place] for place in (open_to if offload == "auto" else [offload])}
     states = {False: 0.0, True: 0.5} if small_states is None else {small_states: 0.0}
     found = []
     for (way, time), (place, more), (small, penalty) in itertools.product(ways.items(), places.items(), states.items()):
@@ -293,8 +294,8 @@ def room_on(device: torch.device, processes: int = 1) -> float:
         processes: of this run, on the same machine.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return (free + torch.cuda.memory_reserved(device)) * MARGIN["cuda"]
+        unused, _ = torch.cuda.mem_get_info(device)
+        return (unused + torch.cuda.memory_reserved(device)) * MARGIN["cuda"]
     own = _number("/proc/self/statm", 1) * 4096
     free = min(filter(None, [_available(), _left_in_container()]), default=float("inf"))
     return (free + own) / processes * MARGIN["cpu"]
@@ -336,11 +337,13 @@ class MemoryPlan:
         choice: how memory is saved.
         parts: of `predict`.
         room: bytes there are.
+        ways_out: what to change to take less.
     """
 
     choice: Choice
     parts: dict[str, float]
     room: float
+    ways_out: str
 
     @property
     def fits(self) -> bool:
@@ -373,10 +376,4 @@ class MemoryPlan:
         if self.choice.small_states:
             ways.append("the optimizer's moments are kept in 8 bits")
         text += f": {', '.join(ways)}" if ways else ""
-        return text if self.fits else f"{text}\n{NOT_ENOUGH}"
-
-
-NOT_ENOUGH = (
-    "       that is more than there is. To take less, from the cheapest on: a smaller --data.tokens_per_batch, lora or "
-    "qlora,\n       --model.recompute full, --model.optimizer adamw_8bit, a smaller --data.max_length"
-)
+        return text if self.fits else f"{text}\n       that is more than there is; {self.ways_out}"

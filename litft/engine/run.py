@@ -105,6 +105,8 @@ class _Opening(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             print(model_line(pl_module), flush=True)
+            if pl_module.memory:
+                print(pl_module.memory, flush=True)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._say(trainer, pl_module)

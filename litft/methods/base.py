@@ -15,12 +15,15 @@ from torch import Tensor
 
 from litft.data.batch import Batch, pack_documents
 from litft.data.loader import Step
+from litft.data.plan import MicroBatch
 from litft.engine.guard import clip_and_guard
+from litft.engine.memory import MemoryPlan
 from litft.engine.optimizers import build_optimizer, check_name
 from litft.engine.precision import check_precision
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
+from litft.methods.memory import check_keys, keep_on_host, plan_memory
 from litft.models.alias import DEFAULT_MODEL
 from litft.models.compiled import Compiled, compile_layers, earns
 from litft.models.cpu import keep_freed_memory
@@ -38,7 +41,8 @@ class Method(LightningModule):
         path: the model: a folder, an id on the hub, an adapter or a run to go on from, or `smollm2-135m-instruct`.
         tuner: which weights learn.
         lr: learning rate; the tuner's own by default (2e-5 full, 2e-4 LoRA and QLoRA).
-        optimizer: adamw, adamw_8bit, paged_adamw_8bit, sgd, or a class path.
+        optimizer: adamw, adamw_8bit, paged_adamw_8bit, sgd, or a class path; `auto` is adamw, its moments in 8 bits
+            where the run doesn't fit into memory otherwise.
         betas: decay rates of AdamW's moments.
         weight_decay: decoupled weight decay, on matrices only.
         schedule: how the learning rate falls after its warmup.
@@ -46,7 +50,10 @@ class Method(LightningModule):
         min_lr: learning rate at the end.
         clip: greatest global norm of the gradient; 0 doesn't clip.
         compile: compile each decoder layer; `auto` where the run is long enough to earn the time it takes back.
-        recompute: keep all activations, or recompute every layer's in the backward pass (less memory, more time).
+        recompute: run layers again in the backward pass, for less memory and more time: none, all but matrix products
+            and attention, all of them, or every n-th one; `auto` the cheapest that fits.
+        offload: leave activations, or the layers' weights, in the host's memory; `auto` where nothing else fits.
+        memory_gb: what the run may take; what is free on its device by default.
         add_tokens: give tokens of the chat template that the tokenizer lacks new, trained rows in the embedding.
         balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where
             it asks for that loss.
@@ -63,7 +70,7 @@ class Method(LightningModule):
         path: str = DEFAULT_MODEL,
         tuner: Tuner | None = None,
         lr: float | None = None,
-        optimizer: str = "adamw",
+        optimizer: str = "auto",
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         schedule: ScheduleName = "cosine",
@@ -71,7 +78,9 @@ class Method(LightningModule):
         min_lr: float = 0.0,
         clip: float = 1.0,
         compile: Literal["auto", "true", "false"] | bool = "auto",
-        recompute: Literal["none", "full"] = "none",
+        recompute: Literal["auto", "none", "selective", "full"] | int = "auto",
+        offload: Literal["auto", "none", "activations", "parameters"] = "auto",
+        memory_gb: float | None = None,
         add_tokens: bool = False,
         balance_experts: float | None = None,
         max_bad_steps: int = 10,
@@ -88,7 +97,8 @@ class Method(LightningModule):
         self.lr = lr if lr is not None else self.tuner.default_lr
         self.optimizer_name, self.betas, self.weight_decay = optimizer, betas, weight_decay
         self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
-        self.clip, self.recompute, self.add_tokens = clip, recompute, add_tokens
+        self.clip, self.add_tokens = clip, add_tokens
+        self.recompute, self.offload, self.memory_gb = recompute, offload, memory_gb
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
         self.fast_attention, self.fast_loss, self.fast_lora = fast_attention, fast_loss, fast_lora
         self.compile_layers = str(compile).lower()
@@ -99,12 +109,17 @@ class Method(LightningModule):
                 raise UserError(f"--model.{name} {value}: must be at least 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"--model.betas {list(betas)}: must be at least 0 and below 1")
-        check_name(optimizer)
+        if optimizer != "auto":
+            check_name(optimizer)
+        check_keys(recompute, offload, memory_gb)
         if min_lr > self.lr:
             raise UserError(f"--model.min_lr {min_lr}: is above --model.lr {self.lr}")
         self.new_tokens: list[str] = []
         self.total_steps: int | None = None
         self.run_tokens: int | None = None
+        self.micro_batch: MicroBatch | None = None
+        self.memory: MemoryPlan | None = None
+        self.offloaded, self.loading_bytes = False, 0
         self.compiled = Compiled()
         self.grad_norm: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
@@ -202,13 +217,13 @@ class Method(LightningModule):
             self.tuner = self.tuner.continuing(adapter)
         elif adapter is not None:  # full tuning starts from what base and adapter are together
             merge_adapter(model, adapter)
+        stored = sum(file.stat().st_size for file in self.source.folder.glob("*.safetensors"))
+        self.loading_bytes = stored if dtype.itemsize > 2 else 0  # read through a map of the files, cast beside it
         self.applied = self.tuner.apply(model)
         if adapter is not None and isinstance(self.tuner, LoRA):
             self.tuner.load(model, adapter)
         if self.fast_lora and isinstance(self.tuner, LoRA):
             share_inputs(model)
-        if self.recompute == "full":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.tuner.trains_base and self.compute_dtype is torch.bfloat16:
             spread_masters(model)
         model.train()
@@ -218,6 +233,7 @@ class Method(LightningModule):
         own = routed if getattr(model.config, "output_router_logits", False) else 0.0
         self.balance = own if self.balance_experts is None else self.balance_experts
         self.net = CausalLM(model, balance_experts=bool(self.balance), fast_loss=self.fast_loss)
+        self.offloaded = keep_on_host(self, torch.device(device))
         return self
 
     def on_fit_start(self) -> None:
@@ -225,24 +241,35 @@ class Method(LightningModule):
         with self.trainer.precision_plugin.forward_context():
             self.compile_if_worth()
 
-    def compile_if_worth(self) -> None:
-        """Compile the model's layers where that is asked for, or pays; the model is on its device.
+    def wants_compiling(self, device: torch.device) -> bool:
+        """Whether the layers are to be compiled: that is asked for, or pays.
 
         Raises:
             UserError: `compile: true` where it can't be.
         """
         from litft.models.attention import opaque_to_compiler
 
-        model: Any = self.net.model
-        device = next(model.parameters()).device
-        if self.compile_layers == "false" or self.net.compiled:
-            return
-        reason = opaque_to_compiler(model, device, self.compute_dtype is not None)
+        if self.compile_layers == "false":
+            return False
+        reason = opaque_to_compiler(self.net.model, device, self.compute_dtype is not None)
+        if self.offloaded:
+            reason = "weights come from the host's memory for each pass"
+        elif self.recompute == "selective" and not self.tuner.trains_base:
+            reason = "adapters and selective recomputing don't go together with it"
         if reason and self.compile_layers == "true":
             raise UserError(f"--model.compile true: {reason}\nmend: leave it at auto")
-        if reason or not (
-            self.compile_layers == "true" or earns(self.applied.total, self.run_tokens, device, self.tuner.trains_base)
-        ):
+        wanted = self.compile_layers == "true"
+        return not reason and (wanted or earns(self.applied.total, self.run_tokens, device, self.tuner.trains_base))
+
+    def compile_if_worth(self) -> None:
+        """Compile the model's layers where that is asked for, or pays; the model is on its device.
+
+        Raises:
+            UserError: `compile: true` where it can't be.
+        """
+        model: Any = self.net.model
+        device = model.get_input_embeddings().weight.device
+        if self.net.compiled or not self.wants_compiling(device):
             return
 
         def first_pass() -> None:
@@ -274,10 +301,23 @@ class Method(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise TypeError("hand the data to Trainer.fit as `datamodule`, not as loaders: the plan is part of it")
+        self.take_plan(data)
+
+    def take_plan(self, data: Any) -> None:
+        """Take from the planned data how long the run is and how large its micro-batches are; for Fabric scripts."""
         self.total_steps, self.run_tokens = data.total_steps, data.total_tokens
+        self.micro_batch = data.largest_micro_batch
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over what the tuner trains, and its schedule over the run's exact number of steps."""
+        """The optimizer over what the tuner trains, and its schedule over the run's exact number of steps.
+
+        The plan for the run's memory is made before, as the optimizer may be part of it.
+        """
+        if self.memory is None:
+            device = self.net.model.get_input_embeddings().weight.device
+            self.memory = plan_memory(self, device)
+            if self.optimizer_name == "auto":
+                self.optimizer_name = "adamw_8bit" if self.memory and self.memory.choice.small_states else "adamw"
         groups = self.tuner.param_groups(self.net.model, self.lr, self.weight_decay)
         fused = self.compute_dtype != torch.float16
         optimizer = build_optimizer(self.optimizer_name, groups, self.lr, self.betas, self.weight_decay, fused)
@@ -373,7 +413,10 @@ class Method(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained only."""
         checkpoint["state_dict"] = self.tuner.trainable_state(self.net.model)
+        checkpoint["optimizer"] = self.optimizer_name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what is trained; a missing or unknown name is an error."""
         self.tuner.load_trainable_state(self.net.model, checkpoint["state_dict"])
+        if self.optimizer_name == "auto":  # its state was made by this one
+            self.optimizer_name = checkpoint.get("optimizer", "adamw")

@@ -74,9 +74,11 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
     torch._dynamo.config.optimize_ddp = False  # layers end before DDP's buckets do: there is no graph to cut
     layers = layers_of(model)
     start = time.perf_counter()
+    plain: dict[nn.Module, Any] = {}
     for layer in layers:
         again: Any = layer.forward
         if isinstance(again, Again) and not again.selective:  # what runs again is the compiled pass
+            plain[layer] = again.forward
             again.forward = torch.compile(again.forward, dynamic=True, fullgraph=True)
         else:
             layer.compile(dynamic=True, fullgraph=True)
@@ -86,9 +88,9 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
     except Exception as error:  # whatever dynamo, inductor or a C++ compiler may raise: the run goes on without
         for layer in layers:
             layer._compiled_call_impl = None
-            again = layer.forward
-            if isinstance(again, Again) and not again.selective:
-                again.forward = again.forward._torchdynamo_orig_callable
+            if layer in plain:
+                again = layer.forward
+                again.forward = plain[layer]
         text = (str(error).strip().splitlines() or [""])[0]
         return Compiled(failed=f"{type(error).__name__}: {text[:160]}")
     return Compiled(len(layers), time.perf_counter() - start)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -16,9 +16,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Recompute = Literal["none", "selective", "full"] | int
 """What is run again: nothing, all but matrix products and attention, every layer, or every n-th one."""
+T = TypeVar("T")
 Offload = Literal["none", "activations", "parameters"]
 
-KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product", "torch_attn.", "litft.low_rank", "litft.cpu_att")
+KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product", "torch_attn.", "litft.low_rank", "litft.cpu_")
 """Beginnings of the operators whose results selective recomputing keeps: those that cost the most time."""
 
 
@@ -27,8 +28,8 @@ def is_kept(operator: Any) -> bool:
     return str(operator).startswith(KEPT)
 
 
-def recomputed(layers: list[nn.Module], how: Recompute) -> list[nn.Module]:
-    """The layers that run again."""
+def recomputed(layers: Sequence[T], how: Recompute) -> Sequence[T]:
+    """The layers (or their indices) that run again."""
     if how == "none":
         return []
     return layers[:: how if isinstance(how, int) else 1]
@@ -50,7 +51,7 @@ def keep_less(layers: list[nn.Module], how: Recompute, offload: Offload = "none"
         forward = layer.forward
         if offload == "parameters":
             forward = _fetching(layer, forward)
-            layer._apply = functools.partial(_stays, layer)  # type: ignore[method-assign, assignment]
+            layer._apply = functools.partial(_stays, layer)  # type: ignore[method-assign]
         layer.forward = Again(forward, how == "selective" and offload == "none", offload == "activations")
 
 
@@ -70,9 +71,22 @@ class Again:
         """Run it."""
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        options = {"context_fn": _selective} if self.selective else {}
+        options: dict[str, Any] = {"context_fn": _selective} if self.selective else {}
         with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.to_host else nullcontext():
             return checkpoint(self.forward, *args, use_reentrant=False, **options, **kwargs)
+
+
+@contextmanager
+def all_kept(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside the context nothing runs again."""
+    before: list[tuple[Any, Again]] = [(layer, layer.forward) for layer in layers if isinstance(layer.forward, Again)]
+    try:
+        for layer, again in before:
+            layer.forward = again.forward
+        yield
+    finally:
+        for layer, again in before:
+            layer.forward = again
 
 
 def _selective() -> Any:

@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def use_arena() -> bool:
-    """Give all further tensors on the CPU memory that is kept when they are freed (memory.cpp); False where it can't be."""
+    """Take the memory of all further tensors on the CPU from the arena of memory.cpp; False where it can't be."""
     loaded = _load("memory")
     return loaded is not None and bool(loaded.litft_use_arena())
 

@@ -1,0 +1,202 @@
+"""What of a method decides how much memory a run takes, and the plan that follows."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from litft.data.batch import Batch, pack_documents, pad_documents
+from litft.data.plan import MicroBatch
+from litft.engine.memory import (
+    SMALL_TENSOR,
+    Facts,
+    Measured,
+    MemoryPlan,
+    candidates,
+    cheapest,
+    measure,
+    room_on,
+)
+from litft.errors import UserError
+from litft.models.compiled import layers_of
+from litft.models.recompute import all_kept, keep_less
+from litft.tuners.quant import storage_bytes
+
+if TYPE_CHECKING:
+    from litft.methods.base import Method
+
+EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")
+
+
+def check_keys(recompute: Any, offload: str, memory_gb: float | None) -> None:
+    """Refuse values that mean nothing.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if isinstance(recompute, int) and recompute < 1:
+        raise UserError(f"--model.recompute {recompute}: a number says every how many layers, so at least 1")
+    if offload in ("activations", "parameters") and recompute not in ("auto", "full"):
+        raise UserError(
+            f"--model.offload {offload}: runs every layer again in the backward pass\n"
+            "mend: leave --model.recompute out, or set it to full"
+        )
+    if memory_gb is not None and memory_gb <= 0:
+        raise UserError(f"--model.memory_gb {memory_gb}: must be above 0")
+
+
+def keep_on_host(method: Method, device: torch.device) -> bool:
+    """Leave the layers' weights in the host's memory, where that is asked for or nothing else will do.
+
+    Called before the model goes to its device.
+
+    Raises:
+        UserError: it is asked for where it can't be.
+    """
+    asked = method.offload == "parameters"
+    if device.type != "cuda":
+        if method.offload not in ("auto", "none"):
+            raise UserError(f"--model.offload {method.offload}: the run is on the CPU, there is nowhere else to go")
+        return False
+    if not asked and (method.offload != "auto" or _least(method) <= _room(method, device)):
+        return False
+    if any(getattr(p, "quant_state", None) is not None for p in method.net.parameters()):
+        if not asked:
+            return False
+        raise UserError("--model.offload parameters: not with nf4 weights\nmend: --model.tuner.quant int8")
+    keep_less(_layers(method), "full", "parameters")
+    return True
+
+
+def plan_memory(method: Method, device: torch.device) -> MemoryPlan | None:
+    """Predict the peak, choose, and make the layers keep less where need be.
+
+    Args:
+        method: its model on its device (unless its weights stay in the host's memory).
+        device: of the run.
+
+    Returns:
+        None where the size of a micro-batch isn't known, in a loop that took no plan; what was said is done then.
+    """
+    layers, on_host = _layers(method), method.offloaded
+    fixed = method.recompute if method.recompute != "auto" else "none"
+    if method.micro_batch is None or not layers:
+        if layers and not on_host:
+            keep_less(layers, "full" if method.offload == "activations" else fixed, _said(method.offload))
+        return None
+    facts = _facts(method, method.micro_batch, device)
+    with torch.autocast(device.type, method.compute_dtype, enabled=method.compute_dtype is not None):
+        measured = _measured(method, layers, device)
+    small = None
+    if method.optimizer_name != "auto":
+        small = method.optimizer_name in EIGHT_BITS
+    elif find_spec("bitsandbytes") is None:
+        small = False
+    offload = "parameters" if on_host else method.offload
+    options = candidates(facts, "full" if on_host else method.recompute, offload, small)
+    room = _room(method, device)
+    choice, parts = cheapest(measured, facts, room, options)
+    if not on_host:
+        keep_less(layers, choice.recompute, choice.offload)
+    return MemoryPlan(choice, parts, room, ways_out(method, choice))
+
+
+def ways_out(method: Method, choice: Any = None) -> str:
+    """What to change to take less memory, from the cheapest on.
+
+    Args:
+        method: of the run.
+        choice: what is done already.
+    """
+    size = method.micro_batch.slots if method.micro_batch else None
+    recomputes = choice.recompute if choice else method.recompute
+    ways = [f"--data.tokens_per_batch {max(256, size // 2)} (now {size})" if size else "--data.tokens_per_batch"]
+    if recomputes != "full":
+        ways.append("--model.recompute full")
+    if method.tuner.trains_base and method.optimizer_name not in EIGHT_BITS:
+        ways.append("--model.optimizer adamw_8bit")
+    smaller = {"full": "litft finetune lora", "lora": "litft finetune qlora"}
+    ways.append(smaller.get(method.tuner.name, "a smaller model"))
+    return "to take less: " + ", ".join(ways) + ", a smaller --data.max_length"
+
+
+def _trainer(method: Method) -> Any:
+    """The Trainer, where one drives the method."""
+    from lightning import Trainer
+
+    try:
+        trainer = method.trainer
+    except RuntimeError:
+        return None
+    return trainer if isinstance(trainer, Trainer) else None
+
+
+def _said(offload: str) -> Any:
+    return "none" if offload == "auto" else offload
+
+
+def _layers(method: Method) -> list[Any]:
+    layers = layers_of(method.net.model)
+    if not layers and (method.recompute not in ("auto", "none") or method.offload not in ("auto", "none")):
+        raise UserError("--model.recompute, --model.offload: this model has no decoder layers that litft knows of")
+    return layers
+
+
+def _room(method: Method, device: torch.device) -> float:
+    """The least that any process of the run has."""
+    trainer = _trainer(method)
+    here = trainer.num_devices if trainer is not None else 1
+    room = method.memory_gb * 1e9 if method.memory_gb else room_on(device, here if device.type == "cpu" else 1)
+    if trainer is not None and trainer.world_size > 1:
+        room = float(trainer.strategy.reduce(torch.tensor(room, device=device, dtype=torch.float64), reduce_op="min"))
+    return room
+
+
+def _least(method: Method) -> float:
+    """Bytes that training takes on the device whatever is recomputed, the moments in 8 bits."""
+    learning = sum(p.numel() for p in method.trainable_parameters())
+    copies = 2.0 if method.tuner.trains_base and method.compute_dtype is not None else 0.0
+    return storage_bytes(method.net) + learning * (4 + 2.03 + copies)
+
+
+def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
+    model: Any = method.net.model
+    learning = list(method.trainable_parameters())
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    matrix = getattr(head, "weight", None)
+    if matrix is None:  # an adapted head
+        matrix = embedding.weight
+    item = 2 if method.compute_dtype is not None else 4
+    trainer = _trainer(method)
+    return Facts(
+        weights=storage_bytes(method.net),
+        layer=max(storage_bytes(layer) for layer in layers_of(model)),
+        loading=method.loading_bytes,
+        learning=sum(p.numel() for p in learning),
+        small=sum(p.numel() for p in learning if p.numel() < SMALL_TENSOR),
+        head=matrix.numel(),
+        head_learns=matrix.requires_grad,
+        tied=matrix is embedding.weight,
+        vocabulary=matrix.shape[0],
+        item=item,
+        tokens=-(-batch.slots // 64) * 64,
+        targets=batch.targets,
+        several=batch.several,
+        buckets=trainer is not None and trainer.world_size > 1,
+        compiled=method.wants_compiling(device),
+        trains_base=method.tuner.trains_base,
+        device=device.type,
+    )
+
+
+def _measured(method: Method, layers: list[Any], device: torch.device) -> Measured:
+    def batch(documents: Any) -> Batch:
+        packs = method.cannot_pack is None
+        made = pack_documents(documents, 1.0) if packs else pad_documents(documents, 1.0, 0)
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+
+    with all_kept(layers):
+        return measure(method.net.model, layers, method.loss, batch)
