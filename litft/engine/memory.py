@@ -84,13 +84,13 @@ class _Watch(TorchDispatchMode):
     def leave(self, *_: Any) -> None:
         self.at = -1
 
-    def pack(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.known:
             self.known.add(storage.data_ptr())
             self.alive.append(tensor.detach())
             self.saved[self.at] += storage.nbytes()
-        return tensor
+        # there is no backward pass; and a graph that held the tensors themselves would never be freed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -118,7 +118,11 @@ def measure(model: nn.Module, layers: list[nn.Module], loss: Callable[[Batch], T
         handles = [layer.register_forward_pre_hook(watch.enter(i), with_kwargs=True) for i, layer in enumerate(layers)]
         handles += [layer.register_forward_hook(watch.leave) for layer in layers]
         try:
-            with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda t: t), watch:
+            with (
+                torch.random.fork_rng(),
+                torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda nothing: nothing),
+                watch,
+            ):
                 loss(batch)
         finally:
             for handle in handles:
@@ -159,6 +163,7 @@ class Facts:
         targets: trained tokens in it.
         several: whether a step has more than one.
         buckets: whether DDP keeps gradients a second time.
+        fused: whether the loss goes without all logits at once.
         compiled: whether the layers are compiled.
         trains_base: whether the model's own weights learn.
         device: cpu or cuda.
@@ -178,6 +183,7 @@ class Facts:
     targets: int
     several: bool
     buckets: bool
+    fused: bool
     compiled: bool
     trains_base: bool
     device: str
@@ -188,6 +194,8 @@ OVERHEAD = {"cpu": 150e6, "cuda": 600e6}
 COMPILED = 4 / 3
 """A compiled layer keeps its input and about so many times the results of its products (measured: 1.38 full, 1.36
 LoRA, on a Llama-like layer); the rest is cheap and is computed again."""
+PLAIN_LOSS = 16.0
+"""Bytes a logit where all are there at once: themselves, in fp32, their log-softmax, and gradients of these."""
 SMALL_TENSOR = 4096
 """Weights of a tensor below which bitsandbytes keeps moments in fp32."""
 MARGIN = {"cpu": 0.9, "cuda": 0.92}
@@ -227,16 +235,19 @@ def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float
 
     logits = facts.item * min(float(facts.targets) * facts.vocabulary, BLOCK) + 12.0 * CHUNK.get(facts.device, 0)
     logits += facts.item * facts.head if facts.head_learns and facts.item < 4 else 0.0
+    if not facts.fused:
+        logits = PLAIN_LOSS * facts.targets * facts.vocabulary
     copies = measured.constant * (2 / len(measured.layers) if host and measured.layers else 1)
     before = gradients if facts.several else 0.0
-    ahead = before + (kept + work) * facts.tokens + max(logits, head_gradient)
-    back = gradients + work * facts.tokens + head_gradient
+    work *= facts.tokens  # once the logits are gone
+    ahead = before + kept * facts.tokens + max(logits, head_gradient + work)
+    back = gradients + head_gradient + work
     parts = {
         "weights": weights,
         "optimizer": 0.0 if host and facts.trains_base else moments,
         "gradients": before if ahead > back else gradients,
-        "activations": ((kept + work) if ahead > back else work) * facts.tokens,
-        "logits": max(logits, head_gradient) if ahead > back else head_gradient,
+        "activations": kept * facts.tokens if ahead > back else work,
+        "logits": max(logits, head_gradient + work) if ahead > back else head_gradient,
         "other": copies + OVERHEAD[facts.device] + (4.0 * facts.learning if facts.buckets else 0.0),
     }
     step = sum(parts.values())

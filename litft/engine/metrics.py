@@ -202,6 +202,11 @@ def peak_memory_gb() -> float:
     """Peak memory of this process: on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin at that of the process that started this one
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), "")
+        if line:
+            return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

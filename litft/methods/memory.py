@@ -186,6 +186,7 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         targets=batch.targets,
         several=batch.several,
         buckets=trainer is not None and trainer.world_size > 1,
+        fused=method.net.head is not None,
         compiled=method.wants_compiling(device),
         trains_base=method.tuner.trains_base,
         device=device.type,
