@@ -153,6 +153,8 @@ class Facts:
         layer: those of the greatest decoder layer.
         loading: what is in memory beside the weights while they are read.
         learning: number of weights that learn.
+        at_once: of them, those whose gradients are alive at the same time.
+        moments: bytes of the optimizer's state a weight.
         small: of them, those in tensors too small for 8-bit moments.
         head: number of weights of the head.
         head_learns: whether they learn.
@@ -173,6 +175,8 @@ class Facts:
     layer: int
     loading: int
     learning: int
+    at_once: int
+    moments: float
     small: int
     head: int
     head_learns: bool
@@ -227,8 +231,12 @@ def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float
         else:
             kept += whole
     # fp32, and of one layer at a time where they go back to the host
-    gradients = 4.0 * (facts.layer / 4 if host and facts.trains_base else facts.learning)
-    moments = 2.03 * (facts.learning - facts.small) + 8.0 * facts.small if choice.small_states else 8.0 * facts.learning
+    gradients = 4.0 * (facts.layer / 4 if host and facts.trains_base else facts.at_once)
+    moments = (
+        2.03 * (facts.learning - facts.small) + 8.0 * facts.small
+        if choice.small_states
+        else facts.moments * facts.learning
+    )
     weights = min(facts.weights, facts.weights - facts.layer * (len(measured.layers) - 2)) if host else facts.weights
     head_gradient = (4.0 + 4.0 * facts.tied) * facts.head if facts.head_learns else 0.0
     from litft.losses.linear_cross_entropy import BLOCK, CHUNK

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from litft.errors import UserError
 
-NAMES = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd")
+NAMES = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16", "sgd")
 
 
 def check_name(name: str) -> None:
@@ -41,9 +41,10 @@ def build_optimizer(
     """Make an optimizer.
 
     Args:
-        name: `adamw` and `sgd` (fused), `adamw_8bit` or `paged_adamw_8bit` (bitsandbytes; moments in 8 bits), or the
-            class path of any `torch.optim.Optimizer`, which is given `lr` and, where its signature has them, `betas`
-            and `weight_decay`.
+        name: `adamw` and `sgd` (fused), `adamw_8bit` or `paged_adamw_8bit` (bitsandbytes; moments in 8 bits),
+            `adamw_bf16` (torchao; weights and moments in bf16, updates rounded stochastically), or the class path of
+            any `torch.optim.Optimizer`, which is given `lr` and, where its signature has them, `betas` and
+            `weight_decay`.
         groups: parameter groups; their own `lr` and `weight_decay` go before the arguments here.
         lr: learning rate.
         betas: decay rates of the moments.
@@ -64,6 +65,13 @@ def build_optimizer(
             raise UserError(f"--model.optimizer {name} needs bitsandbytes; mend: pip install bitsandbytes") from None
         cls = optim.AdamW8bit if name == "adamw_8bit" else optim.PagedAdamW8bit
         return cls(groups, lr=lr, betas=betas, weight_decay=weight_decay)
+    if name == "adamw_bf16":
+        try:
+            from torchao.optim import _AdamW
+        except ImportError:
+            raise UserError(f"--model.optimizer {name} needs torchao; mend: pip install 'litft[torchao]'") from None
+        adamw: Any = _AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, bf16_stochastic_round=True)
+        return adamw
     check_name(name)
     return _by_path(name, groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 

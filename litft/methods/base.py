@@ -6,29 +6,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from litft.data.batch import Batch, pack_documents
+from litft.data.batch import Batch
 from litft.data.loader import Step
 from litft.data.plan import MicroBatch
 from litft.engine.guard import clip_and_guard
+from litft.engine.in_backward import StepInBackward
 from litft.engine.memory import MemoryPlan
 from litft.engine.optimizers import build_optimizer, check_name
 from litft.engine.precision import check_precision
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
-from litft.methods.memory import check_keys, keep_on_host, plan_memory
+from litft.methods.memory import check_keys, plan_memory
 from litft.models.alias import DEFAULT_MODEL
-from litft.models.compiled import Compiled, compile_layers, earns
-from litft.models.cpu import keep_freed_memory
-from litft.tuners import LoRA, Tuner, merge_adapter
-from litft.tuners.low_rank import share_inputs
+from litft.models.compiled import Compiled
+from litft.tuners import LoRA, Tuner
+from litft.tuners.base import Applied
+
+if TYPE_CHECKING:
+    from litft.models.causal_lm import CausalLM
 
 
 class Method(LightningModule):
@@ -57,13 +59,23 @@ class Method(LightningModule):
         add_tokens: give tokens of the chat template that the tokenizer lacks new, trained rows in the embedding.
         balance_experts: weight of the router's balance loss for mixtures of experts; the model's own by default, where
             it asks for that loss.
+        step_in_backward: update each weight as soon as its gradient is there and drop that, for less memory; on one
+            device, with one micro-batch a step and without clipping.
         max_bad_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
         fast_attention: attention over packed documents by the fastest kernels; off, one plain call a document.
         fast_loss: the loss without ever holding all logits; off, the model's own logits and plain cross-entropy.
         fast_lora: adapters inside the products of the layers they adapt; off, products of their own.
+        float8: products of the layers in float8, for full tuning of large models on recent GPUs (torchao).
+        liger: Liger's kernels for norms and gates, on GPUs, in place of compiling.
         revision: of the model on the hub.
         trust_remote_code: run the Python code that a model folder brings. Only for models whose code you have read.
     """
+
+    net: CausalLM
+    applied: Applied
+    compute_dtype: torch.dtype | None
+    balance: float | None
+    in_backward: StepInBackward
 
     def __init__(
         self,
@@ -83,10 +95,13 @@ class Method(LightningModule):
         memory_gb: float | None = None,
         add_tokens: bool = False,
         balance_experts: float | None = None,
+        step_in_backward: bool = False,
         max_bad_steps: int = 10,
         fast_attention: bool = True,
         fast_loss: bool = True,
         fast_lora: bool = True,
+        float8: bool = False,
+        liger: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -102,6 +117,7 @@ class Method(LightningModule):
         self.balance_experts, self.max_bad_steps = balance_experts, max_bad_steps
         self.fast_attention, self.fast_loss, self.fast_lora = fast_attention, fast_loss, fast_lora
         self.compile_layers = str(compile).lower()
+        self.float8, self.liger, self.step_in_backward = float8, liger, step_in_backward
         at_least_0 = {"lr": self.lr, "weight_decay": weight_decay, "warmup": warmup, "min_lr": min_lr, "clip": clip}
         at_least_0 |= {"balance_experts": balance_experts or 0, "max_bad_steps": max_bad_steps}
         for name, value in at_least_0.items():
@@ -112,6 +128,12 @@ class Method(LightningModule):
         if optimizer != "auto":
             check_name(optimizer)
         check_keys(recompute, offload, memory_gb)
+        if step_in_backward and clip:
+            raise UserError(
+                f"--model.step_in_backward: can't clip by the global norm (model.clip {clip})\nmend: --model.clip 0"
+            )
+        if optimizer == "adamw_bf16" and not self.tuner.trains_base:
+            raise UserError("--model.optimizer adamw_bf16: adapters stay in fp32\nmend: leave it out")
         if min_lr > self.lr:
             raise UserError(f"--model.min_lr {min_lr}: is above --model.lr {self.lr}")
         self.new_tokens: list[str] = []
@@ -189,51 +211,9 @@ class Method(LightningModule):
         Returns:
             Itself.
         """
-        from litft.models import attention, native
-        from litft.models.causal_lm import CausalLM
-        from litft.models.load import add_rows, load_model
-        from litft.tuners.masters import spread_masters
+        from litft.methods.building import build_model
 
-        if torch.device(device).type == "cpu" and not native.use_arena():
-            keep_freed_memory()
-        self.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).split("-")[0])
-        dtype = torch.float32 if self.tuner.trains_base or self.compute_dtype is None else self.compute_dtype
-        implementation = None
-        if self.cannot_pack is None:
-            half = self.compute_dtype is not None
-            implementation = attention.best(self.config, torch.device(device), half, self.fast_attention)
-        model = load_model(
-            self.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=self.trust_remote_code
-        )
-        if self.new_tokens:
-            rows = add_rows(model, self.tokenizer, self.new_tokens)
-            if isinstance(self.tuner, LoRA):
-                self.tuner.trainable_rows = rows
-        adapter = self.source.adapter
-        embedding: Any = model.get_input_embeddings()
-        if adapter is not None and len(self.tokenizer) > embedding.num_embeddings:
-            model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)  # the adapter brings their rows
-        if adapter is not None and isinstance(self.tuner, LoRA):  # go on with it
-            self.tuner = self.tuner.continuing(adapter)
-        elif adapter is not None:  # full tuning starts from what base and adapter are together
-            merge_adapter(model, adapter)
-        stored = sum(file.stat().st_size for file in self.source.folder.glob("*.safetensors"))
-        self.loading_bytes = stored if dtype.itemsize > 2 else 0  # read through a map of the files, cast beside it
-        self.applied = self.tuner.apply(model)
-        if adapter is not None and isinstance(self.tuner, LoRA):
-            self.tuner.load(model, adapter)
-        if self.fast_lora and isinstance(self.tuner, LoRA):
-            share_inputs(model)
-        if self.tuner.trains_base and self.compute_dtype is torch.bfloat16:
-            spread_masters(model)
-        model.train()
-        routed = getattr(model.config, "router_aux_loss_coef", None)
-        if self.balance_experts and routed is None:
-            raise UserError(f"--model.balance_experts: {self.path} has no experts to balance")
-        own = routed if getattr(model.config, "output_router_logits", False) else 0.0
-        self.balance = own if self.balance_experts is None else self.balance_experts
-        self.net = CausalLM(model, balance_experts=bool(self.balance), fast_loss=self.fast_loss)
-        self.offloaded = keep_on_host(self, torch.device(device))
+        build_model(self, str(precision), torch.device(device))
         return self
 
     def on_fit_start(self) -> None:
@@ -241,46 +221,15 @@ class Method(LightningModule):
         with self.trainer.precision_plugin.forward_context():
             self.compile_if_worth()
 
-    def wants_compiling(self, device: torch.device) -> bool:
-        """Whether the layers are to be compiled: that is asked for, or pays.
-
-        Raises:
-            UserError: `compile: true` where it can't be.
-        """
-        from litft.models.attention import opaque_to_compiler
-
-        if self.compile_layers == "false":
-            return False
-        reason = opaque_to_compiler(self.net.model, device, self.compute_dtype is not None)
-        if self.offloaded:
-            reason = "weights come from the host's memory for each pass"
-        elif self.recompute == "selective" and not self.tuner.trains_base:
-            reason = "adapters and selective recomputing don't go together with it"
-        if reason and self.compile_layers == "true":
-            raise UserError(f"--model.compile true: {reason}\nmend: leave it at auto")
-        wanted = self.compile_layers == "true"
-        return not reason and (wanted or earns(self.applied.total, self.run_tokens, device, self.tuner.trains_base))
-
     def compile_if_worth(self) -> None:
         """Compile the model's layers where that is asked for, or pays; the model is on its device.
 
         Raises:
             UserError: `compile: true` where it can't be.
         """
-        model: Any = self.net.model
-        device = model.get_input_embeddings().weight.device
-        if self.net.compiled or not self.wants_compiling(device):
-            return
+        from litft.methods.compiling import compile_if_worth
 
-        def first_pass() -> None:
-            # lengths that are nobody's width: a dimension that equals another one would be taken for it
-            documents = [(np.zeros(length, np.int64), np.ones(length, bool)) for length in (41, 32)]
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack_documents(documents, 73).items()}
-            torch.autograd.grad(self.loss(batch), list(self.trainable_parameters()), allow_unused=True)
-
-        self.net.compiled = True
-        self.compiled = compile_layers(model, first_pass)
-        self.net.compiled = not self.compiled.failed
+        compile_if_worth(self)
 
     def trainable_parameters(self) -> Iterator[torch.nn.Parameter]:
         """The parameters that learn."""
@@ -325,7 +274,18 @@ class Method(LightningModule):
             raise RuntimeError("set total_steps (data.total_steps) before configure_optimizers")
         floor = self.min_lr / self.lr if self.lr else 0.0
         factor = schedule(self.schedule_name, self.total_steps, self.warmup, floor)
+        if self.step_in_backward:
+            self.in_backward = self._step_in_backward(optimizer)
         return [optimizer], [{"scheduler": StepSchedule(optimizer, factor), "interval": "step"}]
+
+    def _step_in_backward(self, optimizer: torch.optim.Optimizer) -> StepInBackward:
+        ranks = getattr(getattr(self, "_trainer", None), "world_size", 1)
+        if ranks > 1 or (self.micro_batch and self.micro_batch.several) or self.compute_dtype == torch.float16:
+            raise UserError(
+                "--model.step_in_backward: needs whole gradients at once: one device, one micro-batch a step, no fp16\n"
+                "mend: set --data.tokens_per_batch to --data.tokens_per_step, or leave it out"
+            )
+        return StepInBackward(optimizer)
 
     def training_step(self, step: Step, batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step: forward and backward over its micro-batches, clip, update, next learning rate.
@@ -352,7 +312,10 @@ class Method(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and keep a non-finite gradient away from the weights."""
-        self.grad_norm = clip_and_guard(self.trainable_parameters(), optimizer, self.clip)
+        if self.step_in_backward:
+            self.grad_norm = self.in_backward.norm()
+        else:
+            self.grad_norm = clip_and_guard(self.trainable_parameters(), optimizer, self.clip)
 
     @contextmanager
     def _gradient_sync(self, now: bool) -> Iterator[None]:

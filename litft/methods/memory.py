@@ -21,6 +21,7 @@ from litft.engine.memory import (
     room_on,
 )
 from litft.errors import UserError
+from litft.methods.compiling import wants_compiling
 from litft.models.compiled import layers_of
 from litft.models.recompute import all_kept, keep_less
 from litft.tuners.quant import storage_bytes
@@ -28,6 +29,8 @@ from litft.tuners.quant import storage_bytes
 if TYPE_CHECKING:
     from litft.methods.base import Method
 
+MOMENTS = {"sgd": 0.0, "adamw_bf16": 4.0}
+"""Bytes a weight of optimizers that keep others than two fp32 moments."""
 EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")
 
 
@@ -165,6 +168,7 @@ def _least(method: Method) -> float:
 def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
     model: Any = method.net.model
     learning = list(method.trainable_parameters())
+    sizes = [p.numel() for p in learning]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     matrix = getattr(head, "weight", None)
     if matrix is None:  # an adapted head
@@ -175,7 +179,9 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         weights=storage_bytes(method.net),
         layer=max(storage_bytes(layer) for layer in layers_of(model)),
         loading=method.loading_bytes,
-        learning=sum(p.numel() for p in learning),
+        learning=sum(sizes),
+        at_once=max(sizes) if method.step_in_backward else sum(sizes),
+        moments=MOMENTS.get(method.optimizer_name, 8.0),
         small=sum(p.numel() for p in learning if p.numel() < SMALL_TENSOR),
         head=matrix.numel(),
         head_learns=matrix.requires_grad,
@@ -187,7 +193,7 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         several=batch.several,
         buckets=trainer is not None and trainer.world_size > 1,
         fused=method.net.head is not None,
-        compiled=method.wants_compiling(device),
+        compiled=wants_compiling(method, device),
         trains_base=method.tuner.trains_base,
         device=device.type,
     )

@@ -1,0 +1,76 @@
+"""From a method's arguments to its model: loaded, with its tuner applied, and its loss head beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from litft.errors import UserError
+from litft.methods.memory import keep_on_host
+from litft.models import attention, native
+from litft.models.causal_lm import CausalLM
+from litft.models.cpu import keep_freed_memory
+from litft.models.extras import use_float8, use_liger
+from litft.models.load import add_rows, load_model
+from litft.tuners import LoRA, merge_adapter
+from litft.tuners.low_rank import share_inputs
+from litft.tuners.masters import spread_masters
+
+if TYPE_CHECKING:
+    from litft.methods.base import Method
+
+
+def build_model(method: Method, precision: str, device: torch.device) -> None:
+    """Set `net`, and what is known once it is there.
+
+    Args:
+        method: whose model it is.
+        precision: Lightning's name.
+        device: where the model will run.
+    """
+    if device.type == "cpu" and not native.use_arena():
+        keep_freed_memory()
+    method.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0])
+    masters = method.tuner.trains_base and method.optimizer_name != "adamw_bf16"
+    dtype = torch.float32 if masters or method.compute_dtype is None else method.compute_dtype
+    implementation = None
+    if method.cannot_pack is None:
+        half = method.compute_dtype is not None
+        implementation = attention.best(method.config, device, half, method.fast_attention)
+    model = load_model(
+        method.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=method.trust_remote_code
+    )
+    if method.new_tokens:
+        rows = add_rows(model, method.tokenizer, method.new_tokens)
+        if isinstance(method.tuner, LoRA):
+            method.tuner.trainable_rows = rows
+    adapter = method.source.adapter
+    embedding: Any = model.get_input_embeddings()
+    if adapter is not None and len(method.tokenizer) > embedding.num_embeddings:
+        model.resize_token_embeddings(len(method.tokenizer), mean_resizing=False)  # the adapter brings their rows
+    if adapter is not None and isinstance(method.tuner, LoRA):  # go on with it
+        method.tuner = method.tuner.continuing(adapter)
+    elif adapter is not None:  # full tuning starts from what base and adapter are together
+        merge_adapter(model, adapter)
+    stored = sum(file.stat().st_size for file in method.source.folder.glob("*.safetensors"))
+    method.loading_bytes = stored if dtype.itemsize > 2 else 0  # read through a map of the files, cast beside it
+    method.applied = method.tuner.apply(model)
+    if adapter is not None and isinstance(method.tuner, LoRA):
+        method.tuner.load(model, adapter)
+    if method.fast_lora and isinstance(method.tuner, LoRA):
+        share_inputs(model)
+    if masters and method.compute_dtype is torch.bfloat16:
+        spread_masters(model)
+    if method.float8:
+        use_float8(model, device, method.tuner.trains_base)
+    if method.liger:
+        use_liger(model, device)
+    model.train()
+    routed = getattr(model.config, "router_aux_loss_coef", None)
+    if method.balance_experts and routed is None:
+        raise UserError(f"--model.balance_experts: {method.path} has no experts to balance")
+    own = routed if getattr(model.config, "output_router_logits", False) else 0.0
+    method.balance = own if method.balance_experts is None else method.balance_experts
+    method.net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=method.fast_loss)
+    method.offloaded = keep_on_host(method, device)
