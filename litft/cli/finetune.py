@@ -60,9 +60,11 @@ def main(argv: list[str]) -> int:
 def _run(cli: Any, tuner: str, signals: Signals) -> int:
     from litft.engine.checkpoints import newest
     from litft.engine.console import plan_lines
+    from litft.engine.memory import lacks_memory
     from litft.engine.metrics import BadLoss
     from litft.engine.run import check_validation, model_line, plan, report, run
     from litft.engine.run_folder import discard
+    from litft.methods.memory import ways_out
 
     config = cli.config
     folder = _folder(config, tuner) if config.out and not config.dry_run else None
@@ -113,6 +115,12 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     except BadLoss as error:
         if trainer.is_global_zero:
             print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        where = f"on {trainer.strategy.root_device}, after step {trainer.global_step}"
+        print(f"error: out of memory {where}\n{ways_out(cli.model)}", file=sys.stderr)
         return 1
     if trainer.is_global_zero:
         print(report(outcome))

@@ -315,9 +315,14 @@ def room_on(device: torch.device, processes: int = 1) -> float:
     if device.type == "cuda":
         unused, _ = torch.cuda.mem_get_info(device)
         return (unused + torch.cuda.memory_reserved(device)) * MARGIN["cuda"]
-    own = _number("/proc/self/statm", 1) * 4096
+    own = resident()
     free = min(filter(None, [_available(), _left_in_container()]), default=float("inf"))
     return (free + own) / processes * MARGIN["cpu"]
+
+
+def resident() -> float:
+    """Bytes that this process has in memory; 0 where nobody says."""
+    return _number("/proc/self/statm", 1) * 4096
 
 
 def _available() -> float:
@@ -356,23 +361,31 @@ class MemoryPlan:
         choice: how memory is saved.
         parts: of `predict`.
         room: bytes there are.
+        baseline: bytes that the process had before it loaded the model; the prediction is on top of them.
         ways_out: what to change to take less.
     """
 
     choice: Choice
     parts: dict[str, float]
     room: float
-    ways_out: str
+    baseline: float = 0.0
+    ways_out: str = ""
 
     @property
     def fits(self) -> bool:
         """Whether the predicted peak is within the room."""
-        return self.parts["peak"] <= self.room
+        return self.total <= self.room
+
+    @property
+    def total(self) -> float:
+        """What the process will take, all in all."""
+        return self.parts["peak"] + self.baseline
 
     def summary(self) -> dict[str, Any]:
         """For run.json and `--dry_run --json`; sizes in GB (1e9 bytes)."""
         return {
-            "predicted_gb": round(self.parts["peak"] / 1e9, 3),
+            "predicted_gb": round(self.total / 1e9, 3),
+            "before_gb": round(self.baseline / 1e9, 3),
             "available_gb": round(self.room / 1e9, 3),
             "fits": self.fits,
             "recompute": self.choice.recompute,
@@ -383,7 +396,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """A line for the console."""
-        text = f"memory about {self.parts['peak'] / 1e9:.1f} GB of {self.room / 1e9:.1f}"
+        text = f"memory about {self.total / 1e9:.1f} GB of {self.room / 1e9:.1f}"
         saved = {
             "none": "",
             "selective": "all but products and attention runs again in the backward pass",
@@ -396,3 +409,10 @@ class MemoryPlan:
             ways.append("the optimizer's moments are kept in 8 bits")
         text += f": {', '.join(ways)}" if ways else ""
         return text if self.fits else f"{text}\n       that is more than there is; {self.ways_out}"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "std::bad_alloc"))

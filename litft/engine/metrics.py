@@ -55,6 +55,7 @@ class StepMetrics(Callback):
         self.losses_at: dict[int, dict[str, float]] = {}
         self._bad: torch.Tensor | None = None
         self._rows: list[tuple[int, torch.Tensor, list[int]]] = []
+        self._intervals: list[tuple[int, int, float]] = []
         self._tokens = self._trained = 0
         self._counted_from = self._start = self._end = 0.0
         self._scaled = False
@@ -114,6 +115,7 @@ class StepMetrics(Callback):
             "data_s": self._data_s,
             "memory_gb": peak_memory_gb(),
         }
+        self._intervals.append((self._tokens, self._trained, elapsed))
         self._tokens = self._trained = 0
         self._counted_from = self._end = now
         self._judge(trainer, pl_module)
@@ -134,6 +136,13 @@ class StepMetrics(Callback):
         now = time.perf_counter()
         self._counted_from += now - self._end
         self._end = now
+
+    @property
+    def pace(self) -> tuple[int, int, float]:
+        """Tokens, trained tokens and seconds of training, without what led to the first record: that is slower."""
+        counted = self._intervals[1:] or self._intervals
+        tokens, trained, seconds = (sum(column) for column in zip(*counted, strict=True)) if counted else (0, 0, 0.0)
+        return tokens, trained, seconds
 
     def leave_out(self, seconds: float) -> None:
         """Take time that wasn't training's, such as a checkpoint's, out of the clocks."""

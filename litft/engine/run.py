@@ -22,6 +22,7 @@ from litft.engine.metrics import MetricsCSV, StepMetrics
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
 from litft.engine.signals import Signals
+from litft.engine.speed import Speed, speed_of
 from litft.errors import UserError
 from litft.methods.base import Method
 from litft.models.quiet import quiet
@@ -41,6 +42,7 @@ class Outcome:
         why: that step in words.
         stopped: why the run ended before its last step; empty where it didn't.
         answers: prompt, answer before and answer after.
+        speed: of the run, on the first rank.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Outcome:
     why: str = ""
     stopped: str = ""
     answers: list[tuple[str, str, str]] = field(default_factory=list)
+    speed: Speed | None = None
 
 
 def plan(method: Method, data: ChatData, trainer: Trainer) -> dict[str, Any]:
@@ -192,7 +195,11 @@ def run(
             text = str(error).strip().partition("\n")[0]
             record.finish(f"{type(error).__name__}: {text}", steps=trainer.global_step)
         raise
+    speed = None
+    if trainer.is_global_zero:
+        speed = speed_of(method, data, metrics, trainer.world_size, trainer.strategy.root_device)
     outcome = _finish(trainer, method, data, folder, checkpoints, metrics, patience)
+    outcome.speed = speed
     if not samples.questions:  # a finished run, resumed, trains no step
         samples.choose(trainer)
     if samples.questions:
@@ -211,6 +218,8 @@ def run(
             final=outcome.why,
             stopped=outcome.stopped,
             bad_steps=metrics.bad_steps,
+            **(speed.as_dict() if speed else {}),
+            memory=method.memory.summary() if method.memory else None,
             answers=outcome.answers,
         )
     return outcome
@@ -314,6 +323,8 @@ def report(outcome: Outcome) -> str:
         share = f" ({(after - before) / before:+.1%})" if before else ""
         label = "held-out loss" if name == "val_loss" else f"held-out loss, {name.removeprefix('val_loss/')}"
         lines.append(f"{label}: {change}{after:.4f} after{share}")
+    if outcome.speed:
+        lines.append(str(outcome.speed))
     for question, then, now in outcome.answers:
         lines += ["", f"> {_short(question)}", f"  before: {_short(then)}", f"  after:  {_short(now)}"]
     final = outcome.folder / "final"

@@ -141,7 +141,7 @@ class Method(LightningModule):
         self.run_tokens: int | None = None
         self.micro_batch: MicroBatch | None = None
         self.memory: MemoryPlan | None = None
-        self.offloaded, self.loading_bytes = False, 0
+        self.offloaded, self.loading_bytes, self.resident_before = False, 0, 0.0
         self.compiled = Compiled()
         self.grad_norm: Tensor | None = None
         self._sums: dict[int, Tensor] = {}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from litft.engine.memory import resident
 from litft.errors import UserError
 from litft.methods.memory import keep_on_host
 from litft.models import attention, native
@@ -29,6 +30,7 @@ def build_model(method: Method, precision: str, device: torch.device) -> None:
         precision: Lightning's name.
         device: where the model will run.
     """
+    method.resident_before = resident()
     if device.type == "cpu" and not native.use_arena():
         keep_freed_memory()
     method.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0])

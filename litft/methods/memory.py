@@ -101,21 +101,19 @@ def plan_memory(method: Method, device: torch.device) -> MemoryPlan | None:
     offload = "parameters" if on_host else method.offload
     options = candidates(facts, "full" if on_host else method.recompute, offload, small)
     room = _room(method, device)
-    choice, parts = cheapest(measured, facts, room, options)
+    before = method.resident_before if device.type == "cpu" else 0.0
+    choice, parts = cheapest(measured, facts, room - before, options)
     if not on_host:
         keep_less(layers, choice.recompute, choice.offload)
-    return MemoryPlan(choice, parts, room, ways_out(method, choice))
+    plan = method.memory = MemoryPlan(choice, parts, room, before)
+    plan.ways_out = ways_out(method)
+    return plan
 
 
-def ways_out(method: Method, choice: Any = None) -> str:
-    """What to change to take less memory, from the cheapest on.
-
-    Args:
-        method: of the run.
-        choice: what is done already.
-    """
+def ways_out(method: Method) -> str:
+    """What to change to take less memory, from the cheapest on; what is done already is left out."""
     size = method.micro_batch.slots if method.micro_batch else None
-    recomputes = choice.recompute if choice else method.recompute
+    recomputes = method.memory.choice.recompute if method.memory else method.recompute
     ways = [f"--data.tokens_per_batch {max(256, size // 2)} (now {size})" if size else "--data.tokens_per_batch"]
     if recomputes != "full":
         ways.append("--model.recompute full")
