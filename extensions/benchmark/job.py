@@ -170,7 +170,7 @@ class Recorder:
         for group in found.groups:
             found.tokens.append(sum(len(self.rows[i][0]) for i in group))
             found.trained.append(sum(label != -100 for i in group for label in self.rows[i][1][1:]))
-        found.peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        found.peak_gb = _peak_gb()
         if self.job.device == "cuda":
             import torch
 
@@ -182,6 +182,14 @@ class Recorder:
                 continue
         found.notes |= notes
         return found
+
+
+def _peak_gb() -> float:
+    """Peak resident size of this process (`ru_maxrss` begins at that of the one that started it)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    line = next((line for line in lines if line.startswith("VmHWM")), None)
+    return int(line.split()[1]) / 1e6 if line else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def run_arm(job: Job, python: str = sys.executable, timeout: float = 7200) -> Result:

@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from extensions.benchmark import ablation
 from extensions.benchmark.job import Job, Result, run_arm
 
 PEERS = ("trainer", "trl")
@@ -79,6 +80,19 @@ def at_its_best(job: Job, pythons: dict[str, str]) -> tuple[dict[str, Any], list
     return best, tried
 
 
+def grid_of(earlier: str, tuner: str, peer: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """An arm's best setting and what was tried, from the JSON of an earlier race on the same machine."""
+    if not earlier:
+        return None
+    found = json.loads(Path(earlier).read_text())
+    tried = found["races"].get(tuner, {}).get("tried", {}).get(peer)
+    if not tried:
+        return None
+    say(f"    {peer}: grid of {found['date']} taken from {Path(earlier).name}")
+    best = max(tried, key=lambda t: t["tokens_per_s"])
+    return {k: v for k, v in best.items() if k not in ("tokens_per_s", "error")}, tried
+
+
 def check(job: Job, results: list[Result], references: dict[str, list[float]]) -> tuple[float, list[float]]:
     """The greatest deviation from the reference's losses, and those losses."""
     longest = max(results, key=lambda r: len(r.groups))
@@ -95,7 +109,9 @@ def check(job: Job, results: list[Result], references: dict[str, list[float]]) -
     return worst, expected
 
 
-def race(job: Job, peers: list[str], warm_up: int, pythons: dict[str, str]) -> dict[str, Any]:
+def race(
+    job: Job, peers: list[str], warm_up: int, pythons: dict[str, str], earlier: str = "", checked: str = ""
+) -> dict[str, Any]:
     """One tuner's race; returns what the report shows. The way back is half as long as the way there.
 
     Args:
@@ -103,11 +119,14 @@ def race(job: Job, peers: list[str], warm_up: int, pythons: dict[str, str]) -> d
         peers: arms to run against.
         warm_up: steps of each run that don't count.
         pythons: interpreters of arms that have one of their own.
+        earlier: JSON of a race on this machine whose grids are taken over.
+        checked: the only arm whose losses are compared with the reference; empty for all.
     """
     settings: dict[str, dict[str, Any]] = {"litft": {}}
     tried: dict[str, Any] = {}
     for peer in peers:
-        settings[peer], tried[peer] = at_its_best(replace(job, arm=peer), pythons)
+        found_before = grid_of(earlier, job.tuner, peer)
+        settings[peer], tried[peer] = found_before or at_its_best(replace(job, arm=peer), pythons)
     order = list(settings)
     found: dict[str, list[Result]] = {arm: [] for arm in order}
     floors = [run_arm(replace(job, arm="floor"))]
@@ -128,7 +147,7 @@ def race(job: Job, peers: list[str], warm_up: int, pythons: dict[str, str]) -> d
         if error := next((r.error for r in results if r.error), ""):
             arms[arm] = {"error": error, "setting": settings[arm]}
             continue
-        worst, expected = check(job, results, references)
+        worst, expected = check(job, results, references) if checked in ("", arm) else (None, [])
         rate = statistics.median(r.rate(warm_up) for r in results)
         arms[arm] = {
             "setting": settings[arm],
@@ -138,7 +157,7 @@ def race(job: Job, peers: list[str], warm_up: int, pythons: dict[str, str]) -> d
             "peak_gb": max(r.peak_gb for r in results),
             "floor_share": rate / floor,
             "deviation": worst,
-            "disqualified": worst > TOLERANCE,
+            "disqualified": None if worst is None else worst > TOLERANCE,
             "losses": results[0].losses,
             "reference": expected,
             "seconds": [[round(s, 4) for s in r.seconds] for r in results],
@@ -181,10 +200,11 @@ def table(tuner: str, outcome: dict[str, Any]) -> str:
             lines.append(f"| {arm} | failed: {e['error']} | | | | | | {e['setting']} |")
             continue
         out = " (disqualified)" if e["disqualified"] else ""
+        off = "not checked" if e["deviation"] is None else f"{e['deviation']:.2%}"
         each = " / ".join(f"{rate:.0f}" for rate in e["each"])
         lines.append(
             f"| {arm}{out} | {e['tokens_per_s']:.0f} ({each}) | {e['trained_tokens_per_s']:.0f} | {e['peak_gb']:.2f} "
-            f"| {e['floor_share']:.1%} | {e['litft_is']:.2f}x | {e['deviation']:.2%} | {e['setting'] or 'defaults'} |"
+            f"| {e['floor_share']:.1%} | {e['litft_is']:.2f}x | {off} | {e['setting'] or 'defaults'} |"
         )
     parts = ", ".join(f"{name} {min(v):.3f}-{max(v):.3f} s" for name, v in outcome["floor_parts_s"].items())
     formula = (floor.__doc__ or "").split("\n\n")[1]
@@ -216,13 +236,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens_per_step", type=int, default=4096)
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--litgpt", metavar="PYTHON", help="the interpreter of an environment that holds LitGPT")
+    parser.add_argument("--earlier", default="", help="JSON of a race on this machine whose grids are taken over")
+    parser.add_argument("--check", default="", help="the only arm to compare with the reference; all by default")
+    parser.add_argument("--ablate", action="store_true", help="litft alone, one technique after another")
+    parser.add_argument("--sweep", action="store_true", help="litft alone, over tokens, rows and vocabularies")
     parser.add_argument("--json", help="where the figures go")
     parser.add_argument("--markdown", help="where the report goes")
     args = parser.parse_args(argv)
     from litft.models.alias import default_model
 
     model = args.model or str(default_model())
-    started, report = time.time(), {}
+    started = time.time()
+    report: dict[str, Any] = {}
+    texts: list[str] = []
     peers = [peer for peer in args.peers.split(",") if peer]
     pythons = {"litgpt": args.litgpt} if args.litgpt else {}
     peers += [peer for peer in pythons if peer not in peers]
@@ -241,16 +267,24 @@ def main(argv: list[str] | None = None) -> int:
                 lr=2e-5 if tuner == "full" else 2e-4,
                 device=args.device,
             )
-            report[tuner] = race(job, peers, args.warm_up, pythons)
-            say("\n" + table(tuner, report[tuner]) + "\n")
-    options = {k: v for k, v in vars(args).items() if k not in ("json", "markdown", "litgpt")}
+            if args.ablate:
+                report[tuner] = ablation.ablate(job, args.warm_up, say)
+                texts.append(ablation.report(tuner, report[tuner]))
+            elif args.sweep:
+                report[tuner] = ablation.sweep(job, Path(folder), say)
+                texts.append(ablation.curves(report[tuner]))
+            else:
+                report[tuner] = race(job, peers, args.warm_up, pythons, args.earlier, args.check)
+                texts.append(table(tuner, report[tuner]))
+            say(f"\n{texts[-1]}\n")
+    options = {k: v for k, v in vars(args).items() if k not in ("json", "markdown", "litgpt", "earlier")}
     whole = {"machine": machine(), "options": options, "date": time.strftime("%Y-%m-%d"), "races": report}
     whole["seconds"] = round(time.time() - started)
     if args.json:
         Path(args.json).write_text(json.dumps(whole, indent=1, default=asdict) + "\n")
     if args.markdown:
         head = [f"# Race of {whole['date']}", "", f"Machine: {whole['machine']}. Options: {options}.", ""]
-        Path(args.markdown).write_text("\n".join(head + [table(t, r) + "\n" for t, r in report.items()]))
+        Path(args.markdown).write_text("\n".join(head + [f"{text}\n" for text in texts]))
     return 0
 
 

@@ -16,6 +16,7 @@ def run(job: Job, recorder: Recorder) -> Result:
     from litft import SFT, ChatData, Full, LoRA, QLoRA
     from litft.cli.finetune import _quiet
     from litft.engine.precision import default_precision
+    from litft.models import native
     from litft.models.compiled import recompilations
 
     _quiet()
@@ -24,6 +25,8 @@ def run(job: Job, recorder: Recorder) -> Result:
     setting = dict(job.setting)
     precision = setting.pop("precision", None) or default_precision(job.device)
     data_options = {k: setting.pop(k) for k in list(setting) if k in ("packing", "tokens_per_batch", "num_workers")}
+    if not setting.pop("arena", True):  # memory as the C library handles it
+        native.use_arena = lambda: True
     tuner = {"full": Full, "lora": LoRA, "qlora": QLoRA}[job.tuner]
     options: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "compile": "true"} | setting
     method = SFT(job.model, tuner=tuner(), lr=job.lr, **options)
@@ -54,6 +57,7 @@ def run(job: Job, recorder: Recorder) -> Result:
     trainer.fit(method, datamodule=data)
     return recorder.finish(
         slots=slots,
+        predicted_gb=round(method.memory.total / 1e9, 2) if method.memory else None,
         precision=precision,
         compiled=method.compiled.layers,
         compile_s=method.compiled.seconds,
