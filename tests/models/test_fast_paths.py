@@ -253,8 +253,9 @@ def peak():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
     return int(line.split()[1]) / 1e6
 rows, vocabulary, width = 8192, 151936, 1024
-hidden = torch.randn(rows, width).bfloat16().requires_grad_()
-weight = (torch.randn(vocabulary, width) * 0.02).bfloat16().requires_grad_(sys.argv[2] == "learns")
+# made in place: what is freed before the measurement would hide as much of what it measures
+hidden = torch.empty(rows, width, dtype=torch.bfloat16).normal_().requires_grad_()
+weight = torch.empty(vocabulary, width, dtype=torch.bfloat16).normal_(0, 0.02).requires_grad_(sys.argv[2] == "learns")
 targets = torch.randint(vocabulary, (rows,))
 F.linear(hidden[:8], weight[:8]).sum().backward()
 hidden.grad = weight.grad = None
@@ -280,7 +281,7 @@ def test_peak_memory_at_8192_tokens_and_152k_vocabulary(head: str) -> None:
         assert done.returncode == 0, done.stderr
         grown[kind] = float(done.stdout)
     print(head, grown, grown["fused"] / grown["plain"])
-    assert grown["fused"] < (0.1 if head == "frozen" else 0.15) * grown["plain"]
+    assert 0.4 < grown["fused"] < (0.1 if head == "frozen" else 0.15) * grown["plain"]
 
 
 def test_no_tensor_of_the_loss_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
