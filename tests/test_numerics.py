@@ -15,7 +15,7 @@ from training import difference, moved, train
 
 from litft import Full, LoRA, StepMetrics, UserError
 from litft.engine.guard import clip_and_guard
-from litft.engine.memory import LENGTHS
+from litft.engine.kept import LENGTHS
 from litft.engine.metrics import BadLoss
 from litft.engine.samples import Samples
 

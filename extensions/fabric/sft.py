@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> list[float]:
     [optimizer], [schedule] = method.configure_optimizers()
     method, optimizer = fabric.setup(method, optimizer)
     method.mark_forward_method("loss")
+    with fabric.autocast():
+        method.module.compile_if_worth()  # where the run is long enough
 
     losses: list[float] = []
     for epoch in range(data.plan.locate(data.total_steps - 1)[0] + 1):

@@ -16,7 +16,7 @@ from lightning import LightningDataModule
 from litft.data import hub, tokens
 from litft.data.batch import Batch
 from litft.data.conversation import Conversation
-from litft.data.files import Row, read_rows
+from litft.data.files import Row, named_files, read_rows
 from litft.data.layout import lay_out
 from litft.data.loader import MicroBatches, StepLoader, Steps, make_batch
 from litft.data.plan import MICRO_BATCH, MicroBatch, Plan, default_tokens_per_step, epoch_order, run_counts
@@ -79,7 +79,7 @@ class ChatData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.train_files = [train] if isinstance(train, str) else list(train)
-        self.val_files = _named(val)
+        self.val_files = named_files(val)
         self.val_fraction, self.weights = val_fraction, weights
         self.max_length, self.overlong = max_length, overlong
         self.packing, self.train_on, self.bad_rows = packing, train_on, bad_rows
@@ -397,18 +397,3 @@ def _prompt(conversation: Conversation) -> str:
 
 def _make(read: Any, packing: bool, pad_id: int, rows: np.ndarray, denominator: float, spare: int) -> Batch:
     return make_batch(rows, read, denominator, packing, pad_id, spare)
-
-
-def _named(val: str | list[str] | dict[str, str] | None) -> dict[str, str]:
-    if val is None:
-        return {}
-    if isinstance(val, dict):
-        return val
-    files = [val] if isinstance(val, str) else val
-    if len(files) == 1:
-        return {"val": files[0]}
-    names = [Path(file).stem for file in files]
-    return {
-        name if names.count(name) == 1 else f"{name}-{i}": f
-        for i, (name, f) in enumerate(zip(names, files, strict=True))
-    }

@@ -327,3 +327,19 @@ _READERS: dict[str, Callable[[str, Progress | None], Iterator[Row]]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
+
+
+def named_files(val: str | list[str] | dict[str, str] | None) -> dict[str, str]:
+    """Validation files by the name that their loss gets: `val`, or the stems of several files."""
+    if val is None:
+        return {}
+    if isinstance(val, dict):
+        return val
+    files = [val] if isinstance(val, str) else val
+    if len(files) == 1:
+        return {"val": files[0]}
+    names = [Path(file).stem for file in files]
+    return {
+        name if names.count(name) == 1 else f"{name}-{i}": f
+        for i, (name, f) in enumerate(zip(names, files, strict=True))
+    }

@@ -13,21 +13,16 @@ counted:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from litft.data.batch import Batch
-from litft.models.recompute import Offload, Recompute, is_kept, recomputed
-
-LENGTHS = (64, 192)
-"""Tokens of the two passes: what grows between them is a token's, the rest is constant."""
+from litft.engine.kept import Kept
+from litft.losses.linear_cross_entropy import BLOCK, CHUNK
+from litft.models.recompute import Offload, Recompute, recomputed
 
 
 @dataclass(frozen=True)
@@ -45,105 +40,6 @@ class Choice:
     small_states: bool = False
 
 
-@dataclass
-class Measured:
-    """What a model keeps for its backward pass, in bytes.
-
-    Attributes:
-        layers: of each decoder layer, a token's.
-        products: of each, results of matrix products and attention alone.
-        inputs: of each, its input.
-        outside: of everything else, a token's.
-        constant: copies of weights and the like.
-    """
-
-    layers: list[float] = field(default_factory=list)
-    products: list[float] = field(default_factory=list)
-    inputs: list[float] = field(default_factory=list)
-    outside: float = 0.0
-    constant: float = 0.0
-
-
-class _Watch(TorchDispatchMode):
-    """Adds up what is saved for the backward pass, and what products give, by layer; -1 stands for outside of them."""
-
-    def __init__(self, layers: list[nn.Module], known: set[int]) -> None:
-        super().__init__()
-        self.at, self.known = -1, set(known)
-        self.saved, self.products, self.inputs = ([0] * (len(layers) + 1) for _ in range(3))
-        self.alive: list[Tensor] = []  # storages must not be reused while they are told apart by address
-
-    def enter(self, index: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.at = index
-            first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            self.inputs[index] = first.numel() * first.element_size()
-
-        return hook
-
-    def leave(self, *_: Any) -> None:
-        self.at = -1
-
-    def pack(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.known.add(storage.data_ptr())
-            self.alive.append(tensor.detach())
-            self.saved[self.at] += storage.nbytes()
-        # there is no backward pass; and a graph that held the tensors themselves would never be freed
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if is_kept(func):
-            results = found if isinstance(found, (tuple, list)) else [found]
-            self.products[self.at] += sum(r.numel() * r.element_size() for r in results if isinstance(r, Tensor))
-        return found
-
-
-def measure(model: nn.Module, layers: list[nn.Module], loss: Callable[[Batch], Tensor], pack: Any) -> Measured:
-    """Run two short passes and see what they keep.
-
-    Args:
-        model: on its device, its tuner applied, nothing recomputed yet.
-        layers: its decoder layers.
-        loss: of a micro-batch; called inside the precision's context.
-        pack: documents -> micro-batch on the model's device.
-    """
-    known = {p.untyped_storage().data_ptr() for p in itertools.chain(model.parameters(), model.buffers())}
-    found = []
-    for tokens in LENGTHS:
-        trained = np.arange(tokens) == tokens - 1
-        batch = pack([(np.zeros(tokens, np.int64), trained)])
-        watch = _Watch(layers, known)
-        handles = [layer.register_forward_pre_hook(watch.enter(i), with_kwargs=True) for i, layer in enumerate(layers)]
-        handles += [layer.register_forward_hook(watch.leave) for layer in layers]
-        try:
-            with (
-                torch.random.fork_rng(),
-                torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda nothing: nothing),
-                watch,
-            ):
-                loss(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        found.append(watch)
-    few, many = found
-    more = LENGTHS[1] - LENGTHS[0]
-
-    def slope(name: str) -> list[float]:
-        return [(b - a) / more for a, b in zip(getattr(few, name), getattr(many, name), strict=True)]
-
-    *kept, outside = slope("saved")
-    return Measured(
-        layers=kept,
-        products=slope("products")[:-1],
-        inputs=slope("inputs")[:-1],
-        outside=outside,
-        constant=sum(few.saved) - LENGTHS[0] * (sum(kept) + outside),
-    )
-
-
 @dataclass(frozen=True)
 class Facts:
     """What else a run's memory depends on; sizes in bytes.
@@ -153,7 +49,7 @@ class Facts:
         layer: those of the greatest decoder layer.
         loading: what is in memory beside the weights while they are read.
         learning: number of weights that learn.
-        at_once: of them, those whose gradients are alive at the same time.
+        gradients: of those that are alive at the same time.
         moments: bytes of the optimizer's state a weight.
         small: of them, those in tensors too small for 8-bit moments.
         head: number of weights of the head.
@@ -175,7 +71,7 @@ class Facts:
     layer: int
     loading: int
     learning: int
-    at_once: int
+    gradients: int
     moments: float
     small: int
     head: int
@@ -202,15 +98,13 @@ PLAIN_LOSS = 16.0
 """Bytes a logit where all are there at once: themselves, in fp32, their log-softmax, and gradients of these."""
 SMALL_TENSOR = 4096
 """Weights of a tensor below which bitsandbytes keeps moments in fp32."""
-MARGIN = {"cpu": 0.9, "cuda": 0.92}
-"""The part of free memory that a plan may fill."""
 
 
-def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float]:
+def predict(measured: Kept, facts: Facts, choice: Choice) -> dict[str, float]:
     """The peak, and what it is made of, in bytes.
 
     Args:
-        measured: of `measure`.
+        measured: of `litft.engine.kept.measure`.
         facts: of the run.
         choice: how memory is saved.
 
@@ -230,8 +124,7 @@ def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float
             kept += products if choice.recompute == "selective" and choice.offload == "none" else 0
         else:
             kept += whole
-    # fp32, and of one layer at a time where they go back to the host
-    gradients = 4.0 * (facts.layer / 4 if host and facts.trains_base else facts.at_once)
+    gradients = float(facts.layer if host and facts.trains_base else facts.gradients)  # or they go back to the host
     moments = (
         2.03 * (facts.learning - facts.small) + 8.0 * facts.small
         if choice.small_states
@@ -239,8 +132,6 @@ def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float
     )
     weights = min(facts.weights, facts.weights - facts.layer * (len(measured.layers) - 2)) if host else facts.weights
     head_gradient = (4.0 + 4.0 * facts.tied) * facts.head if facts.head_learns else 0.0
-    from litft.losses.linear_cross_entropy import BLOCK, CHUNK
-
     logits = facts.item * min(float(facts.targets) * facts.vocabulary, BLOCK) + 12.0 * CHUNK.get(facts.device, 0)
     logits += facts.item * facts.head if facts.head_learns and facts.item < 4 else 0.0
     if not facts.fused:
@@ -256,7 +147,7 @@ def predict(measured: Measured, facts: Facts, choice: Choice) -> dict[str, float
         "gradients": before if ahead > back else gradients,
         "activations": kept * facts.tokens if ahead > back else work,
         "logits": max(logits, head_gradient + work) if ahead > back else head_gradient,
-        "other": copies + OVERHEAD[facts.device] + (4.0 * facts.learning if facts.buckets else 0.0),
+        "other": copies + OVERHEAD[facts.device] + (float(facts.gradients) if facts.buckets else 0.0),
     }
     step = sum(parts.values())
     loading = facts.weights + facts.loading + OVERHEAD["cpu"] if facts.device == "cpu" else 0.0
@@ -297,60 +188,12 @@ def candidates(facts: Facts, recompute: Any, offload: Any, small_states: bool | 
 
 
 def cheapest(
-    measured: Measured, facts: Facts, room: float, options: Iterable[tuple[float, Choice]]
+    measured: Kept, facts: Facts, room: float, options: Iterable[tuple[float, Choice]]
 ) -> tuple[Choice, dict[str, float]]:
     """The first choice whose peak fits the room, or the one with the lowest peak where none does."""
     predictions = [(choice, predict(measured, facts, choice)) for _, choice in options]
     fitting = [found for found in predictions if found[1]["peak"] <= room]
     return fitting[0] if fitting else min(predictions, key=lambda found: found[1]["peak"])
-
-
-def room_on(device: torch.device, processes: int = 1) -> float:
-    """Bytes that a run may take on a device that it has all but to itself; what this process holds is counted in.
-
-    Args:
-        device: a GPU, or the CPU (the machine's memory, or the container's where that is less).
-        processes: of this run, on the same machine.
-    """
-    if device.type == "cuda":
-        unused, _ = torch.cuda.mem_get_info(device)
-        return (unused + torch.cuda.memory_reserved(device)) * MARGIN["cuda"]
-    own = resident()
-    free = min(filter(None, [_available(), _left_in_container()]), default=float("inf"))
-    return (free + own) / processes * MARGIN["cpu"]
-
-
-def resident() -> float:
-    """Bytes that this process has in memory; 0 where nobody says."""
-    return _number("/proc/self/statm", 1) * 4096
-
-
-def _available() -> float:
-    """Memory that Linux would give without swapping; 0 where nobody says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0.0)
-
-
-def _left_in_container() -> float:
-    """What a control group leaves; 0 where there is no limit."""
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        most = _number(limit)
-        if 0 < most < 2**60:
-            return max(1.0, most - _number(usage))
-    return 0.0
-
-
-def _number(path: str, index: int = 0) -> float:
-    try:
-        return float(Path(path).read_text().split()[index])
-    except (OSError, ValueError, IndexError):  # not there, or "max"
-        return 0.0
 
 
 @dataclass
@@ -360,7 +203,7 @@ class MemoryPlan:
     Attributes:
         choice: how memory is saved.
         parts: of `predict`.
-        room: bytes there are.
+        room: bytes there are; infinite where nobody says.
         baseline: bytes that the process had before it loaded the model; the prediction is on top of them.
         ways_out: what to change to take less.
     """
@@ -381,12 +224,17 @@ class MemoryPlan:
         """What the process will take, all in all."""
         return self.parts["peak"] + self.baseline
 
+    @property
+    def known(self) -> bool:
+        """Whether anybody said how much memory there is."""
+        return math.isfinite(self.room)
+
     def summary(self) -> dict[str, Any]:
         """For run.json and `--dry_run --json`; sizes in GB (1e9 bytes)."""
         return {
             "predicted_gb": round(self.total / 1e9, 3),
             "before_gb": round(self.baseline / 1e9, 3),
-            "available_gb": round(self.room / 1e9, 3),
+            "available_gb": round(self.room / 1e9, 3) if self.known else None,
             "fits": self.fits,
             "recompute": self.choice.recompute,
             "offload": self.choice.offload,
@@ -396,7 +244,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """A line for the console."""
-        text = f"memory about {self.total / 1e9:.1f} GB of {self.room / 1e9:.1f}"
+        text = f"memory about {self.total / 1e9:.1f} GB" + (f" of {self.room / 1e9:.1f}" if self.known else "")
         saved = {
             "none": "",
             "selective": "all but products and attention runs again in the backward pass",

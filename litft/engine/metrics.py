@@ -55,7 +55,8 @@ class StepMetrics(Callback):
         self.losses_at: dict[int, dict[str, float]] = {}
         self._bad: torch.Tensor | None = None
         self._rows: list[tuple[int, torch.Tensor, list[int]]] = []
-        self._intervals: list[tuple[int, int, float]] = []
+        self._whole: tuple[int, int, float] = (0, 0, 0.0)
+        self._first: tuple[int, int, float] | None = None
         self._tokens = self._trained = 0
         self._counted_from = self._start = self._end = 0.0
         self._scaled = False
@@ -115,7 +116,9 @@ class StepMetrics(Callback):
             "data_s": self._data_s,
             "memory_gb": peak_memory_gb(),
         }
-        self._intervals.append((self._tokens, self._trained, elapsed))
+        interval = self._tokens, self._trained, elapsed
+        self._first = self._first or interval
+        self._whole = self._whole[0] + interval[0], self._whole[1] + interval[1], self._whole[2] + interval[2]
         self._tokens = self._trained = 0
         self._counted_from = self._end = now
         self._judge(trainer, pl_module)
@@ -140,9 +143,10 @@ class StepMetrics(Callback):
     @property
     def pace(self) -> tuple[int, int, float]:
         """Tokens, trained tokens and seconds of training, without what led to the first record: that is slower."""
-        counted = self._intervals[1:] or self._intervals
-        tokens, trained, seconds = (sum(column) for column in zip(*counted, strict=True)) if counted else (0, 0, 0.0)
-        return tokens, trained, seconds
+        whole, first = self._whole, self._first
+        if first is None or whole == first:
+            return whole
+        return whole[0] - first[0], whole[1] - first[1], whole[2] - first[2]
 
     def leave_out(self, seconds: float) -> None:
         """Take time that wasn't training's, such as a checkpoint's, out of the clocks."""

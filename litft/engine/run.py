@@ -25,6 +25,7 @@ from litft.engine.signals import Signals
 from litft.engine.speed import Speed, speed_of
 from litft.errors import UserError
 from litft.methods.base import Method
+from litft.models import native
 from litft.models.quiet import quiet
 
 VALIDATIONS = 4  # during a run, where nothing is said
@@ -108,6 +109,8 @@ class _Opening(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             print(model_line(pl_module), flush=True)
+            if native.problem():
+                print(f"       slower, and more memory: {native.problem()}")
             if pl_module.memory:
                 print(pl_module.memory, flush=True)
 

@@ -23,7 +23,7 @@ from litft.engine.precision import check_precision
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
-from litft.methods.memory import check_keys, plan_memory
+from litft.methods.memory import check_keys, plan_memory, trainer_of
 from litft.models.alias import DEFAULT_MODEL
 from litft.models.compiled import Compiled
 from litft.tuners import LoRA, Tuner
@@ -31,6 +31,11 @@ from litft.tuners.base import Applied
 
 if TYPE_CHECKING:
     from litft.models.causal_lm import CausalLM
+
+PARTS = (
+    "--model.step_in_backward: needs whole gradients at once: one device, one micro-batch a step, no fp16\n"
+    "mend: set --data.tokens_per_batch to --data.tokens_per_step, or leave it out"
+)
 
 
 class Method(LightningModule):
@@ -275,17 +280,21 @@ class Method(LightningModule):
         floor = self.min_lr / self.lr if self.lr else 0.0
         factor = schedule(self.schedule_name, self.total_steps, self.warmup, floor)
         if self.step_in_backward:
-            self.in_backward = self._step_in_backward(optimizer)
+            trainer = trainer_of(self)
+            whole = self.compute_dtype != torch.float16 and (trainer is None or trainer.world_size == 1)
+            if not whole or (self.micro_batch and self.micro_batch.several):
+                raise UserError(PARTS)
+            self.in_backward = StepInBackward(optimizer)
         return [optimizer], [{"scheduler": StepSchedule(optimizer, factor), "interval": "step"}]
 
-    def _step_in_backward(self, optimizer: torch.optim.Optimizer) -> StepInBackward:
-        ranks = getattr(getattr(self, "_trainer", None), "world_size", 1)
-        if ranks > 1 or (self.micro_batch and self.micro_batch.several) or self.compute_dtype == torch.float16:
-            raise UserError(
-                "--model.step_in_backward: needs whole gradients at once: one device, one micro-batch a step, no fp16\n"
-                "mend: set --data.tokens_per_batch to --data.tokens_per_step, or leave it out"
-            )
-        return StepInBackward(optimizer)
+    def on_train_start(self) -> None:
+        """Put a resumed optimizer's state beside its weights, where those stay in the host's memory; Trainer's hook.
+
+        The strategy has moved all of it to the run's device.
+        """
+        if self.offloaded:
+            for parameter, state in self.optimizers(use_pl_optimizer=False).state.items():  # type: ignore[union-attr]
+                state.update({k: v.to(parameter.device) for k, v in state.items() if isinstance(v, Tensor)})
 
     def training_step(self, step: Step, batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step: forward and backward over its micro-batches, clip, update, next learning rate.
@@ -295,7 +304,9 @@ class Method(LightningModule):
         """
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        losses = []
+        losses: list[Tensor] = []
+        if self.step_in_backward and len(step["micro_batches"]) > 1:  # of a later epoch
+            raise UserError(PARTS)
 
         def backward() -> None:
             optimizer.zero_grad()

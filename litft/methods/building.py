@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litft.engine.memory import resident
+from litft.engine.room import resident
 from litft.errors import UserError
 from litft.methods.memory import keep_on_host
 from litft.models import attention, native

@@ -10,16 +10,9 @@ from torch import Tensor
 
 from litft.data.batch import Batch, pack_documents, pad_documents
 from litft.data.plan import MicroBatch
-from litft.engine.memory import (
-    SMALL_TENSOR,
-    Facts,
-    Measured,
-    MemoryPlan,
-    candidates,
-    cheapest,
-    measure,
-    room_on,
-)
+from litft.engine.kept import Kept, measure
+from litft.engine.memory import SMALL_TENSOR, Facts, MemoryPlan, candidates, cheapest
+from litft.engine.room import room_on
 from litft.errors import UserError
 from litft.methods.compiling import wants_compiling
 from litft.models.compiled import layers_of
@@ -66,10 +59,15 @@ def keep_on_host(method: Method, device: torch.device) -> bool:
         return False
     if not asked and (method.offload != "auto" or _least(method) <= _room(method, device)):
         return False
+    trainer, reason = trainer_of(method), ""
     if any(getattr(p, "quant_state", None) is not None for p in method.net.parameters()):
-        if not asked:
-            return False
-        raise UserError("--model.offload parameters: not with nf4 weights\nmend: --model.tuner.quant int8")
+        reason = "not with nf4 weights\nmend: --model.tuner.quant int8"
+    elif trainer is not None and trainer.world_size > 1:
+        reason = "on one device only: DDP wants all weights on its GPU\nmend: --trainer.devices 1"
+    if reason and asked:
+        raise UserError(f"--model.offload parameters: {reason}")
+    if reason:
+        return False
     keep_less(_layers(method), "full", "parameters")
     return True
 
@@ -124,7 +122,7 @@ def ways_out(method: Method) -> str:
     return "to take less: " + ", ".join(ways) + ", a smaller --data.max_length"
 
 
-def _trainer(method: Method) -> Any:
+def trainer_of(method: Method) -> Any:
     """The Trainer, where one drives the method."""
     from lightning import Trainer
 
@@ -148,7 +146,7 @@ def _layers(method: Method) -> list[Any]:
 
 def _room(method: Method, device: torch.device) -> float:
     """The least that any process of the run has."""
-    trainer = _trainer(method)
+    trainer = trainer_of(method)
     here = trainer.num_devices if trainer is not None else 1
     room = method.memory_gb * 1e9 if method.memory_gb else room_on(device, here if device.type == "cpu" else 1)
     if trainer is not None and trainer.world_size > 1:
@@ -166,19 +164,19 @@ def _least(method: Method) -> float:
 def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
     model: Any = method.net.model
     learning = list(method.trainable_parameters())
-    sizes = [p.numel() for p in learning]
+    bytes_of = [p.numel() * p.element_size() for p in learning]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     matrix = getattr(head, "weight", None)
     if matrix is None:  # an adapted head
         matrix = embedding.weight
     item = 2 if method.compute_dtype is not None else 4
-    trainer = _trainer(method)
+    trainer = trainer_of(method)
     return Facts(
         weights=storage_bytes(method.net),
         layer=max(storage_bytes(layer) for layer in layers_of(model)),
         loading=method.loading_bytes,
-        learning=sum(sizes),
-        at_once=max(sizes) if method.step_in_backward else sum(sizes),
+        learning=sum(p.numel() for p in learning),
+        gradients=max(bytes_of) if method.step_in_backward else sum(bytes_of),
         moments=MOMENTS.get(method.optimizer_name, 8.0),
         small=sum(p.numel() for p in learning if p.numel() < SMALL_TENSOR),
         head=matrix.numel(),
@@ -193,11 +191,11 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         fused=method.net.head is not None,
         compiled=wants_compiling(method, device),
         trains_base=method.tuner.trains_base,
-        device=device.type,
+        device="cuda" if device.type == "cuda" else "cpu",  # other accelerators share the host's memory
     )
 
 
-def _measured(method: Method, layers: list[Any], device: torch.device) -> Measured:
+def _measured(method: Method, layers: list[Any], device: torch.device) -> Kept:
     def batch(documents: Any) -> Batch:
         packs = method.cannot_pack is None
         made = pack_documents(documents, 1.0) if packs else pad_documents(documents, 1.0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
         first_pass: a forward and backward pass, at which the compiling happens. The random state is put back after it.
     """
     torch._dynamo.config.optimize_ddp = False  # layers end before DDP's buckets do: there is no graph to cut
+    # it warns of operations in place wherever layers run again selectively; tests hold the gradients to be the same
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     layers = layers_of(model)
     start = time.perf_counter()
     plain: dict[nn.Module, Any] = {}

@@ -50,6 +50,8 @@ def use_float8(model: Any, device: torch.device, trains_base: bool) -> int:
 
     for layer in layers_of(model):
         convert_to_float8_training(layer, module_filter_fn=takes)
+    if not converted:
+        raise UserError("--model.float8: none of the model's layers takes it\nmend: leave it out")
     return converted
 
 

@@ -185,6 +185,51 @@ def test_dry_run(finetune: Any, chats: Path, capsys: pytest.CaptureFixture[str])
         assert word in text
 
 
+def test_dry_run_predicts_the_memory(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune("--dry_run", "--json") == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["fits"] and memory["recompute"] == memory["offload"] == "none"
+    assert 0 < memory["parts_gb"]["activations"] < memory["predicted_gb"] < memory["available_gb"]
+    assert finetune("--dry_run", "--json", "--model.memory_gb", 0.01, "--model.recompute", 2) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert not memory["fits"] and memory["recompute"] == 2 and memory["available_gb"] == 0.01
+    assert finetune("--dry_run", "--model.memory_gb", 0.01) == 0
+    assert "that is more than there is; to take less: --data.tokens_per_batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("std::bad_alloc"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_out_of_memory_ends_with_what_to_change(
+    error: Exception, finetune: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from litft import SFT
+
+    def fails(self: Any, step: Any, index: int) -> Any:
+        raise error
+
+    monkeypatch.setattr(SFT, "training_step", fails)
+    assert finetune("--samples.count", 0, "--model.recompute", "full") == 1
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert said[0] == "error: out of memory on cpu, after step 0"
+    assert said[1].startswith("to take less: --data.tokens_per_batch") and "recompute" not in said[1]
+    assert "litft finetune qlora" in said[1]
+
+
+def test_speed_and_memory_are_said_and_kept(
+    finetune: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litft.engine.speed.WORTH_S", 0.0)
+    assert finetune("--out", "r", "--samples.count", 0, "--data.tokens_per_step", 200) == 0
+    said, run = capsys.readouterr().out, json.loads(Path("r/run.json").read_text())
+    assert re.search(r"speed: [\d,]+ tokens/s, [\d,]+ trained; peak memory [\d.]+ GB", said)
+    assert "of the floor" in said and "MFU" in said
+    assert 0 < run["trained_tokens_per_s"] < run["tokens_per_s"]
+    assert 0 < run["floor_share"] < 1 and 0 < run["mfu"] < 1
+    assert run["recompilations"] >= 0 and run["compiled_layers"] == 0 and run["peak_memory_gb"] > 0.1
+    assert run["memory"]["predicted_gb"] > 0
+
+
 def test_dry_run_says_what_the_run_then_does(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--trainer.max_epochs", 2, "--data.tokens_per_step", 200, "--val_every_n_steps", 0, "--samples.count", 0]
     assert finetune("--dry_run", "--json", *words) == 0

@@ -14,7 +14,9 @@ from tiny import chat_rows, save_tiny, write_jsonl
 from training import train
 
 from litft import Full, LoRA, UserError
-from litft.engine.memory import Choice, Facts, Measured, candidates, cheapest, predict, room_on
+from litft.engine.kept import Kept
+from litft.engine.memory import Choice, Facts, candidates, cheapest, predict
+from litft.engine.room import room_on
 from litft.models import native
 
 WIDE: dict[str, Any] = {
@@ -74,13 +76,13 @@ def test_predicted_peak_is_within_a_quarter_of_the_measured_one(name: str, rows:
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.25)
 
 
-MEASURED = Measured([30e3] * 30, [11e3] * 30, [2.3e3] * 30, 4.6e3, 269e6)
+MEASURED = Kept([30e3] * 30, [11e3] * 30, [2.3e3] * 30, 4.6e3, 269e6)
 FACTS = Facts(
     weights=538_000_000,
     layer=14_000_000,
     loading=270_000_000,
     learning=134_500_000,
-    at_once=134_500_000,
+    gradients=538_000_000,
     moments=8.0,
     small=35_000,
     head=28_300_000,

@@ -45,12 +45,25 @@ def use_arena() -> bool:
 
 def _load(name: str) -> ctypes.CDLL | None:
     """The library made from `name`.cpp; None where it cannot be built."""
-    if platform.system() != "Linux" or compiler() is None:
+    if platform.system() != "Linux":
+        return None
+    if compiler() is None:
+        _problems.append("there is no C++ compiler here (g++ or clang++)")
         return None
     try:
         return ctypes.CDLL(str(_built(name)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip().splitlines()
+        _problems.append(f"{name}.cpp can't be compiled: {(said or ['?'])[0][:160]}")
         return None
+
+
+_problems: list[str] = []
+
+
+def problem() -> str:
+    """Why something that was wanted until now runs without C++, for the console; empty where nothing does."""
+    return next(iter(_problems), "")
 
 
 def _built(name: str) -> Path:
