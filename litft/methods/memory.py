@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MOMENTS = {"sgd": 0.0, "adamw_bf16": 4.0}
 """Bytes a weight of optimizers that keep others than two fp32 moments."""
+SMALLEST_BATCH = 256
+"""Tokens of a micro-batch below which nobody is sent."""
 EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")
 
 
@@ -104,18 +106,26 @@ def plan_memory(method: Method, device: torch.device) -> MemoryPlan | None:
     if not on_host:
         keep_less(layers, choice.recompute, choice.offload)
     plan = method.memory = MemoryPlan(choice, parts, room, before)
-    plan.ways_out = ways_out(method)
+    plan.ways_out = ways_out(method, tried=True)
     return plan
 
 
-def ways_out(method: Method) -> str:
-    """What to change to take less memory, from the cheapest on; what is done already is left out."""
+def ways_out(method: Method, tried: bool = False) -> str:
+    """What to change to take less memory, from the cheapest on; what is done already is left out.
+
+    Args:
+        method: of the run.
+        tried: leave out as well what the plan was free to choose and didn't, since it doesn't lower the peak.
+    """
+    choice = method.memory.choice if method.memory else None
     size = method.micro_batch.slots if method.micro_batch else None
-    recomputes = method.memory.choice.recompute if method.memory else method.recompute
-    ways = [f"--data.tokens_per_batch {max(256, size // 2)} (now {size})" if size else "--data.tokens_per_batch"]
-    if recomputes != "full":
+    ways = [] if size else ["a smaller --data.tokens_per_batch"]
+    if size and size > SMALLEST_BATCH:
+        ways.append(f"--data.tokens_per_batch {max(SMALLEST_BATCH, size // 2)} (now {size})")
+    if not (tried and method.recompute == "auto") and (choice.recompute if choice else method.recompute) != "full":
         ways.append("--model.recompute full")
-    if method.tuner.trains_base and method.optimizer_name not in EIGHT_BITS:
+    in_8_bits = method.optimizer_name in EIGHT_BITS or (choice is not None and choice.small_states)
+    if method.tuner.trains_base and not in_8_bits and not (tried and method.optimizer_name == "auto"):
         ways.append("--model.optimizer adamw_8bit")
     smaller = {"full": "litft finetune lora", "lora": "litft finetune qlora"}
     ways.append(smaller.get(method.tuner.name, "a smaller model"))
