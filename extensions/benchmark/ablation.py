@@ -86,7 +86,7 @@ def sweep(job: Job, folder: Path, say: Callable[[str], None]) -> dict[str, list[
     """
     found: dict[str, list[dict[str, Any]]] = {"tokens_per_batch": [], "rows": [], "vocabulary": []}
     for tokens in TOKENS:
-        setting = {"tokens_per_batch": tokens}
+        setting = {"tokens_per_batch": tokens, "compile": "true"}
         result = run_arm(replace(job, arm="litft", steps=3, tokens_per_step=tokens, setting=setting))
         entry = {"tokens": tokens, "error": result.error}
         if not result.error:

@@ -189,7 +189,9 @@ def _peak_gb() -> float:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     line = next((line for line in lines if line.startswith("VmHWM")), None)
-    return int(line.split()[1]) / 1e6 if line else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if line:
+        return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def run_arm(job: Job, python: str = sys.executable, timeout: float = 7200) -> Result:

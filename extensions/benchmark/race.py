@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import platform
 import statistics
 import sys
@@ -105,8 +106,9 @@ def check(job: Job, results: list[Result], references: dict[str, list[float]]) -
             raise RuntimeError(f"the reference failed: {found.error}")
         references[key] = found.losses
     expected = references[key]
-    worst = max(abs(a - b) / b for r in results for a, b in zip(r.losses, expected, strict=False))
-    return worst, expected
+    off = [abs(a - b) / b for r in results for a, b in zip(r.losses, expected, strict=False)]
+    whole = all(len(r.losses) == len(r.groups) > 0 for r in results)
+    return (max(off) if whole and all(map(math.isfinite, off)) else math.inf), expected
 
 
 def race(
@@ -122,7 +124,7 @@ def race(
         earlier: JSON of a race on this machine whose grids are taken over.
         checked: the only arm whose losses are compared with the reference; empty for all.
     """
-    settings: dict[str, dict[str, Any]] = {"litft": {}}
+    settings: dict[str, dict[str, Any]] = {"litft": {"compile": "true"}}  # as in runs longer than a race is
     tried: dict[str, Any] = {}
     for peer in peers:
         found_before = grid_of(earlier, job.tuner, peer)
@@ -176,11 +178,13 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
+    from litft.models import cpu
+
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in Path("/proc/cpuinfo").read_text()]
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in cpu.flags()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": name, "features": flags, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
 
@@ -204,7 +208,7 @@ def table(tuner: str, outcome: dict[str, Any]) -> str:
         each = " / ".join(f"{rate:.0f}" for rate in e["each"])
         lines.append(
             f"| {arm}{out} | {e['tokens_per_s']:.0f} ({each}) | {e['trained_tokens_per_s']:.0f} | {e['peak_gb']:.2f} "
-            f"| {e['floor_share']:.1%} | {e['litft_is']:.2f}x | {off} | {e['setting'] or 'defaults'} |"
+            f"| {e['floor_share']:.1%} | {e['litft_is']:.2f}x | {off} | {e['setting']} |"
         )
     parts = ", ".join(f"{name} {min(v):.3f}-{max(v):.3f} s" for name, v in outcome["floor_parts_s"].items())
     formula = (floor.__doc__ or "").split("\n\n")[1]

@@ -73,6 +73,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     check_validation(cli.datamodule, config.val_every_n_steps, config.patience)
     signals.check()
     if config.dry_run:
+        cli.model.trainer = trainer  # who knows of the other processes
         cli.model.build(trainer.precision, trainer.strategy.root_device)
         cli.model.to(trainer.strategy.root_device)
         cli.model.take_plan(cli.datamodule)

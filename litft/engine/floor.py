@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+BLOCK = 2**28
+"""Numbers of the largest output that is timed whole."""
 REPEATS = 5
 TURN = 2e-3
 """Seconds that a turn of timing takes at least."""
@@ -149,13 +151,17 @@ def measure(
     clock, floor = _Clock(device, dtype), Floor()
     seconds = dict.fromkeys(("blocks", "adapters", "head", "attention"), 0.0)
     head = model.get_output_embeddings()
+    heads_layers = {head, getattr(head, "base_layer", None)}  # an adapted one has it inside
     for name, out, into, learns, rank in linear_layers(model):
-        is_head = model.get_submodule(name) is head
+        is_head = model.get_submodule(name) in heads_layers
         rows = trained if is_head else tokens
+        if is_head and not rank and head is not None:
+            learns = any(p.requires_grad for p in head.parameters())
         count = 2 + learns
-        took = clock(rows, into, out, "forward") + clock(rows, out, into)
-        took += clock(out, rows, into, "weight") if learns else 0.0
-        seconds["head" if is_head else "blocks"] += took
+        some = min(rows, max(1, BLOCK // out))  # a head's logits are never there all at once
+        took = clock(some, into, out, "forward") + clock(some, out, into)
+        took += clock(out, some, into, "weight") if learns else 0.0
+        seconds["head" if is_head else "blocks"] += took * rows / some
         floor.operations += 2.0 * count * rows * out * into
         if rank:
             down, up = clock(rows, into, rank, "forward"), clock(rows, rank, out, "forward")
@@ -164,15 +170,16 @@ def measure(
             seconds["adapters"] += down + up + back
             floor.operations += 2.0 * 3 * rows * rank * (out + into)
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    length = max(32, attended // 32 * 32)
-    documents = tokens / length
-    batch = heads * max(1, round(documents)) if device.type == "cuda" else heads
-    one = clock(length, dim, length, "forward", batch) * heads / batch
-    layers = config.num_hidden_layers
-    seconds["attention"] = layers * documents * 3.5 * one
-    floor.operations += layers * tokens * 6.0 * heads * dim * attended
+    heads = getattr(config, "num_attention_heads", 0)  # models without attention have none
+    if heads:
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        length = max(32, attended // 32 * 32)
+        documents = tokens / length
+        batch = heads * max(1, round(documents)) if device.type == "cuda" else heads
+        one = clock(length, dim, length, "forward", batch) * heads / batch
+        layers = config.num_hidden_layers
+        seconds["attention"] = layers * documents * 3.5 * one
+        floor.operations += layers * tokens * 6.0 * heads * dim * attended
     floor.seconds = seconds
     side = LARGE if device.type == "cuda" else LARGE // 2
     floor.peak = 2.0 * side**3 / clock(side, side, side)

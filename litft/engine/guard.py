@@ -31,6 +31,8 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if getattr(optimizer, "defaults", {}).get("fused"):
         fused: Any = optimizer
+        if any(p.device.type == "cpu" for p in parameters):  # offloaded ones read it at once: no copy on its way
+            norm = norm.cpu()
         fused.found_inf = (~torch.isfinite(norm)).float()
         # divided by on the way into the update, which saves a pass over all gradients
         fused.grad_scale = ((norm + EPSILON) / max_norm).clamp(min=1.0).float() if max_norm else None

@@ -179,12 +179,12 @@ def candidates(facts: Facts, recompute: Any, offload: Any, small_states: bool | 
     moving: dict[Offload, float] = {"none": 0.0, "activations": 0.15, "parameters": 2.0}
     open_to: list[Offload] = ["none", "activations"] if facts.device == "cuda" and "full" in ways else ["none"]
     places = {place: moving[place] for place in (open_to if offload == "auto" else [offload])}
-    states = {False: 0.0, True: 0.5} if small_states is None else {small_states: 0.0}
+    states = [False, True] if small_states is None else [small_states]
     found = []
-    for (way, time), (place, more), (small, penalty) in itertools.product(ways.items(), places.items(), states.items()):
+    for (way, time), (place, more), small in itertools.product(ways.items(), places.items(), states):
         if place == "none" or way in ("full", recompute):
-            found.append((time + more + penalty, Choice(way, place, small)))
-    return sorted(found, key=lambda pair: pair[0])
+            found.append((time + more, Choice(way, place, small)))
+    return sorted(found, key=lambda pair: (pair[1].small_states, pair[0]))
 
 
 def cheapest(

@@ -202,9 +202,8 @@ class StepMetrics(Callback):
         if self.bad_steps > before:
             step, _, rows = next(entry for entry in reversed(self._rows) if bool(entry[1]))
             names = ", ".join(trainer.datamodule.selection.name(r) for r in rows[:8])  # type: ignore[attr-defined]
-            text = (
-                f"step {step}: loss or gradient not finite, step skipped ({self.bad_steps} so far); its rows: {names}"
-            )
+            skipped = "its weights left alone" if module.step_in_backward else "step skipped"
+            text = f"step {step}: loss or gradient not finite, {skipped} ({self.bad_steps} so far); its rows: {names}"
             if self.bad_steps > module.max_bad_steps:
                 raise BadLoss(f"{text}\nstopped: more than model.max_bad_steps {module.max_bad_steps} of them")
             if trainer.is_global_zero:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from litft.data.chat import ChatData
 from litft.engine.checkpoints import Checkpoints, newest_whole, step_of
 from litft.engine.console import Console, plan_lines
-from litft.engine.metrics import MetricsCSV, StepMetrics
+from litft.engine.metrics import MetricsCSV, StepMetrics, peak_memory_gb
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
 from litft.engine.signals import Signals
@@ -109,6 +109,8 @@ class _Opening(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             print(model_line(pl_module), flush=True)
+            if pl_module.fast_loss and pl_module.net.head is None:
+                print("       all logits are held at once: the model's head is none that the fast loss knows")
             if native.problem():
                 print(f"       slower, and more memory: {native.problem()}")
             if pl_module.memory:
@@ -198,11 +200,10 @@ def run(
             text = str(error).strip().partition("\n")[0]
             record.finish(f"{type(error).__name__}: {text}", steps=trainer.global_step)
         raise
-    speed = None
-    if trainer.is_global_zero:
-        speed = speed_of(method, data, metrics, trainer.world_size, trainer.strategy.root_device)
+    memory_gb = peak_memory_gb()  # before anything but training adds to it
     outcome = _finish(trainer, method, data, folder, checkpoints, metrics, patience)
-    outcome.speed = speed
+    if trainer.is_global_zero:
+        outcome.speed = speed_of(method, data, metrics, memory_gb, trainer.world_size)
     if not samples.questions:  # a finished run, resumed, trains no step
         samples.choose(trainer)
     if samples.questions:
@@ -221,7 +222,7 @@ def run(
             final=outcome.why,
             stopped=outcome.stopped,
             bad_steps=metrics.bad_steps,
-            **(speed.as_dict() if speed else {}),
+            **(outcome.speed.as_dict() if outcome.speed else {}),
             memory=method.memory.summary() if method.memory else None,
             answers=outcome.answers,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 
 from litft.data.chat import ChatData
 from litft.engine import floor
-from litft.engine.metrics import StepMetrics, peak_memory_gb
+from litft.engine.metrics import StepMetrics
 from litft.models.compiled import recompilations
 
 if TYPE_CHECKING:
@@ -57,27 +58,33 @@ class Speed:
         return text
 
 
-def speed_of(method: Method, data: ChatData, metrics: StepMetrics, ranks: int, device: torch.device) -> Speed | None:
-    """What a run came to, its model still there; None where it made no step.
+def speed_of(method: Method, data: ChatData, metrics: StepMetrics, memory_gb: float, ranks: int) -> Speed | None:
+    """What a run came to, its model still there and its result written; None where it made no step.
 
     Args:
         method: that was trained.
         data: on what.
         metrics: that watched it.
+        memory_gb: the peak.
         ranks: processes of the run.
-        device: of this one.
     """
     tokens, trained, spent = metrics.pace
     if not spent:
         return None
-    compiled = method.compiled.layers
-    found = Speed(tokens / spent, trained / spent, peak_memory_gb(), recompilations(), compiled)
-    if spent < WORTH_S or method.micro_batch is None or method.offloaded:
+    compiled = method.compiled
+    again = recompilations() - compiled.graphs if compiled.layers else 0
+    found = Speed(tokens / spent, trained / spent, memory_gb, again, compiled.layers)
+    device = method.run_device
+    if spent < WORTH_S or method.micro_batch is None or method.offloaded or device.type not in ("cpu", "cuda"):
         return found
     lengths = data.selection.lengths.astype(float)
     batch, attended = method.micro_batch, round((lengths**2).sum() / lengths.sum())
     dtype = method.compute_dtype or torch.float32
-    least = floor.measure(method.net.model, batch.slots, batch.targets, attended, device, dtype)
+    try:
+        least = floor.measure(method.net.model, batch.slots, batch.targets, attended, device, dtype)
+    except (MemoryError, RuntimeError) as error:  # the run is done; its result doesn't hang on this
+        print(f"the floor was not measured: {str(error).strip().splitlines()[0][:120]}", file=sys.stderr)
+        return found
     seconds = batch.slots * ranks / found.tokens_per_s  # of a micro-batch on each rank
     found.floor_share, found.mfu = least.share(seconds), least.mfu(seconds)
     return found

@@ -23,7 +23,7 @@ from litft.engine.precision import check_precision
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
-from litft.methods.memory import check_keys, plan_memory, trainer_of
+from litft.methods.memory import check_keys, plan_memory, ranks_of
 from litft.models.alias import DEFAULT_MODEL
 from litft.models.compiled import Compiled
 from litft.tuners import LoRA, Tuner
@@ -66,7 +66,8 @@ class Method(LightningModule):
             it asks for that loss.
         step_in_backward: update each weight as soon as its gradient is there and drop that, for less memory; on one
             device, with one micro-batch a step and without clipping.
-        max_bad_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
+        max_bad_steps: optimizer steps with a non-finite loss or gradient that are skipped before the run stops; with
+            step_in_backward only the weights with such gradients are.
         fast_attention: attention over packed documents by the fastest kernels; off, one plain call a document.
         fast_loss: the loss without ever holding all logits; off, the model's own logits and plain cross-entropy.
         fast_lora: adapters inside the products of the layers they adapt; off, products of their own.
@@ -80,6 +81,7 @@ class Method(LightningModule):
     applied: Applied
     compute_dtype: torch.dtype | None
     balance: float | None
+    run_device: torch.device
     in_backward: StepInBackward
 
     def __init__(
@@ -268,8 +270,7 @@ class Method(LightningModule):
         The plan for the run's memory is made before, as the optimizer may be part of it.
         """
         if self.memory is None:
-            device = self.net.model.get_input_embeddings().weight.device
-            self.memory = plan_memory(self, device)
+            self.memory = plan_memory(self)
             if self.optimizer_name == "auto":
                 self.optimizer_name = "adamw_8bit" if self.memory and self.memory.choice.small_states else "adamw"
         groups = self.tuner.param_groups(self.net.model, self.lr, self.weight_decay)
@@ -280,8 +281,7 @@ class Method(LightningModule):
         floor = self.min_lr / self.lr if self.lr else 0.0
         factor = schedule(self.schedule_name, self.total_steps, self.warmup, floor)
         if self.step_in_backward:
-            trainer = trainer_of(self)
-            whole = self.compute_dtype != torch.float16 and (trainer is None or trainer.world_size == 1)
+            whole = self.compute_dtype != torch.float16 and ranks_of(self) == 1
             if not whole or (self.micro_batch and self.micro_batch.several):
                 raise UserError(PARTS)
             self.in_backward = StepInBackward(optimizer)

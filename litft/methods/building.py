@@ -30,7 +30,7 @@ def build_model(method: Method, precision: str, device: torch.device) -> None:
         precision: Lightning's name.
         device: where the model will run.
     """
-    method.resident_before = resident()
+    method.run_device, method.resident_before = device, resident()
     if device.type == "cpu" and not native.use_arena():
         keep_freed_memory()
     method.compute_dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0])

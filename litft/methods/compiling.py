@@ -54,6 +54,8 @@ def compile_if_worth(method: Method) -> None:
         documents = [(np.zeros(length, np.int64), np.ones(length, bool)) for length in (41, 32)]
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack_documents(documents, 73).items()}
         torch.autograd.grad(method.loss(batch), list(method.trainable_parameters()), allow_unused=True)
+        with torch.no_grad():  # as validation runs them
+            method.loss(batch)
 
     method.net.compiled = True
     method.compiled = compile_layers(model, first_pass)

@@ -61,10 +61,10 @@ def keep_on_host(method: Method, device: torch.device) -> bool:
         return False
     if not asked and (method.offload != "auto" or _least(method) <= _room(method, device)):
         return False
-    trainer, reason = trainer_of(method), ""
+    reason = ""
     if any(getattr(p, "quant_state", None) is not None for p in method.net.parameters()):
         reason = "not with nf4 weights\nmend: --model.tuner.quant int8"
-    elif trainer is not None and trainer.world_size > 1:
+    elif ranks_of(method) > 1:
         reason = "on one device only: DDP wants all weights on its GPU\nmend: --trainer.devices 1"
     if reason and asked:
         raise UserError(f"--model.offload parameters: {reason}")
@@ -74,25 +74,25 @@ def keep_on_host(method: Method, device: torch.device) -> bool:
     return True
 
 
-def plan_memory(method: Method, device: torch.device) -> MemoryPlan | None:
-    """Predict the peak, choose, and make the layers keep less where need be.
+def plan_memory(method: Method) -> MemoryPlan | None:
+    """Predict the peak on the run's device, choose, and make the layers keep less where need be.
 
     Args:
-        method: its model on its device (unless its weights stay in the host's memory).
-        device: of the run.
+        method: its model built, and best on that device already.
 
     Returns:
         None where the size of a micro-batch isn't known, in a loop that took no plan; what was said is done then.
     """
-    layers, on_host = _layers(method), method.offloaded
+    layers, on_host, device = _layers(method), method.offloaded, method.run_device
     fixed = method.recompute if method.recompute != "auto" else "none"
     if method.micro_batch is None or not layers:
         if layers and not on_host:
             keep_less(layers, "full" if method.offload == "activations" else fixed, _said(method.offload))
         return None
     facts = _facts(method, method.micro_batch, device)
-    with torch.autocast(device.type, method.compute_dtype, enabled=method.compute_dtype is not None):
-        measured = _measured(method, layers, device)
+    now: torch.device = method.net.model.get_input_embeddings().weight.device  # a Fabric script moves it later
+    with torch.autocast(now.type, method.compute_dtype, enabled=method.compute_dtype is not None):
+        measured = _measured(method, layers, now)
     small = None
     if method.optimizer_name != "auto":
         small = method.optimizer_name in EIGHT_BITS
@@ -143,6 +143,14 @@ def trainer_of(method: Method) -> Any:
     return trainer if isinstance(trainer, Trainer) else None
 
 
+def ranks_of(method: Method) -> int:
+    """Processes of the run, under Trainer or in a loop of one's own."""
+    trainer = trainer_of(method)
+    if trainer is not None:
+        return int(trainer.world_size)
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def _said(offload: str) -> Any:
     return "none" if offload == "auto" else offload
 
@@ -157,9 +165,9 @@ def _layers(method: Method) -> list[Any]:
 def _room(method: Method, device: torch.device) -> float:
     """The least that any process of the run has."""
     trainer = trainer_of(method)
-    here = trainer.num_devices if trainer is not None else 1
-    room = method.memory_gb * 1e9 if method.memory_gb else room_on(device, here if device.type == "cpu" else 1)
-    if trainer is not None and trainer.world_size > 1:
+    here = trainer.num_devices if trainer is not None else ranks_of(method)
+    room = method.memory_gb * 1e9 if method.memory_gb else room_on(device, 1 if device.type == "cuda" else here)
+    if trainer is not None and torch.distributed.is_initialized():
         room = float(trainer.strategy.reduce(torch.tensor(room, device=device, dtype=torch.float64), reduce_op="min"))
     return room
 
@@ -179,8 +187,8 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
     matrix = getattr(head, "weight", None)
     if matrix is None:  # an adapted head
         matrix = embedding.weight
+    experts = any(p.ndim > 2 for p in model.parameters())  # may fail to compile, and keep more where they don't
     item = 2 if method.compute_dtype is not None else 4
-    trainer = trainer_of(method)
     return Facts(
         weights=storage_bytes(method.net),
         layer=max(storage_bytes(layer) for layer in layers_of(model)),
@@ -197,9 +205,9 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         tokens=-(-batch.slots // 64) * 64,
         targets=batch.targets,
         several=batch.several,
-        buckets=trainer is not None and trainer.world_size > 1,
+        buckets=ranks_of(method) > 1,
         fused=method.net.head is not None,
-        compiled=wants_compiling(method, device),
+        compiled=wants_compiling(method, device) and not experts,
         trains_base=method.tuner.trains_base,
         device="cuda" if device.type == "cuda" else "cpu",  # other accelerators share the host's memory
     )

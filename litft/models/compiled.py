@@ -51,11 +51,13 @@ class Compiled:
     Attributes:
         layers: how many are.
         seconds: that the first pass took, which compiles them.
+        graphs: `recompilations()` after it: kinds of layers, and passes with and without gradients, have their own.
         failed: why they are not, where they should have been.
     """
 
     layers: int = 0
     seconds: float = 0.0
+    graphs: int = 0
     failed: str = ""
 
     def __str__(self) -> str:
@@ -96,11 +98,11 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
                 again.forward = plain[layer]
         text = (str(error).strip().splitlines() or [""])[0]
         return Compiled(failed=f"{type(error).__name__}: {text[:160]}")
-    return Compiled(len(layers), time.perf_counter() - start)
+    return Compiled(len(layers), time.perf_counter() - start, recompilations())
 
 
 def recompilations() -> int:
-    """Graphs that were made again in this process, because an input was not what the ones before were made for."""
+    """Graphs that were made again in this process so far, because an input was not what those before were made for."""
     from torch._dynamo.utils import get_compilation_metrics
 
     return sum(1 for made in get_compilation_metrics() if made.recompile_reason)

@@ -19,7 +19,10 @@ Recompute = Literal["none", "selective", "full"] | int
 T = TypeVar("T")
 Offload = Literal["none", "activations", "parameters"]
 
-KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product", "torch_attn.", "litft.low_rank", "litft.cpu_")
+KEPT = (
+    *("aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm"),
+    *("aten._scaled_dot_product", "torch_attn.", "litft.low_rank", "litft.cpu_"),
+)
 """Beginnings of the operators whose results selective recomputing keeps: those that cost the most time."""
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from lightning import Trainer, seed_everything
 
 from litft import SFT, ChatData, Full, LoRA, QLoRA
@@ -35,7 +36,7 @@ def main(run: dict) -> None:
     batch = run.get("batch", 4096)
     data = ChatData(run["data"], val_fraction=0.0, tokens_per_batch=batch, tokens_per_step=run.get("step", batch))
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=run.get("accelerator", "cpu"),
         devices=run.get("devices", 1),
         strategy="ddp" if run.get("devices", 1) > 1 else "auto",
         max_steps=3,
@@ -48,7 +49,8 @@ def main(run: dict) -> None:
     )
     trainer.fit(method, datamodule=data)
     if trainer.is_global_zero:
-        found = {"measured": peak() - imported, "predicted": method.memory.parts["peak"]}
+        taken = torch.cuda.max_memory_allocated() if trainer.strategy.root_device.type == "cuda" else peak() - imported
+        found = {"measured": taken, "predicted": method.memory.parts["peak"]}
         print(json.dumps({**found, "steps": trainer.global_step, **method.memory.summary()}))
 
 

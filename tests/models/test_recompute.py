@@ -135,6 +135,21 @@ def test_compiled_layers_give_the_same_and_are_not_made_again_for_other_lengths(
 
 
 @pytest.mark.slow
+def test_a_run_with_windows_and_validation_makes_no_more_graphs_than_its_first_pass(tmp_path: Path) -> None:
+    from tiny import chat_rows, write_jsonl
+    from training import train
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    folder = save_tiny(tmp_path / "gemma3", "gemma3", num_hidden_layers=4, layer_types=kinds)
+    rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows(40))
+    often = {"val_check_interval": 1, "max_epochs": 1, "num_sanity_val_steps": -1}
+    options = {"tokens_per_step": 400, "val_fraction": 0.2, "trainer": often}
+    trace = train(folder, rows, tuner=LoRA(r=2), method={"compile": "true"}, **options)
+    assert trace.method.compiled.layers == 4 and len(trace.losses) > 3
+    assert recompilations() - trace.method.compiled.graphs <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize(("how", "offload"), WAYS[1:5])
 def test_compiled_layers_that_run_again_give_the_same(how: Any, offload: Any, tuner: Any, tiny_llama: Path) -> None:

@@ -1,4 +1,4 @@
-"""litft, as `litft finetune` runs it: Trainer, its own plan, its own defaults."""
+"""litft, as `litft finetune` runs it: Trainer, its own plan, and its defaults where the setting says nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(job: Job, recorder: Recorder) -> Result:
     if not setting.pop("arena", True):  # memory as the C library handles it
         native.use_arena = lambda: True
     tuner = {"full": Full, "lora": LoRA, "qlora": QLoRA}[job.tuner]
-    options: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "compile": "true"} | setting
+    options: dict[str, Any] = {"schedule": "constant", "warmup": 0.0} | setting
     method = SFT(job.model, tuner=tuner(), lr=job.lr, **options)
     data = ChatData(job.source, val_fraction=0.0, tokens_per_step=job.tokens_per_step, **data_options)
     slots: list[int] = []

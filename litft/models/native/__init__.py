@@ -40,7 +40,10 @@ def library() -> ctypes.CDLL | None:
 def use_arena() -> bool:
     """Take the memory of all further tensors on the CPU from the arena of memory.cpp; False where it can't be."""
     loaded = _load("memory")
-    return loaded is not None and bool(loaded.litft_use_arena())
+    used = loaded is not None and bool(loaded.litft_use_arena())
+    if loaded is not None and not used:
+        _problems.append("this process may not reserve addresses (ulimit -v, or vm.overcommit_memory 2)")
+    return used
 
 
 def _load(name: str) -> ctypes.CDLL | None:
