@@ -62,6 +62,7 @@ class Facts:
         several: whether a step has more than one.
         buckets: whether DDP keeps gradients a second time.
         fused: whether the loss goes without all logits at once.
+        experts: whether layers are mixtures of experts.
         compiled: whether the layers are compiled.
         trains_base: whether the model's own weights learn.
         device: cpu or cuda.
@@ -84,6 +85,7 @@ class Facts:
     several: bool
     buckets: bool
     fused: bool
+    experts: bool
     compiled: bool
     trains_base: bool
     device: str
@@ -96,6 +98,9 @@ COMPILED = 4 / 3
 LoRA, on a Llama-like layer); the rest is cheap and is computed again."""
 PLAIN_LOSS = 16.0
 """Bytes a logit where all are there at once: themselves, in fp32, their log-softmax, and gradients of these."""
+EXPERTS = 3.0
+"""How many times what a layer of experts keeps its backward pass takes beside that, for tokens sorted by expert and back
+(measured on a qwen3_moe)."""
 SMALL_TENSOR = 4096
 """Weights of a tensor below which bitsandbytes keeps moments in fp32."""
 
@@ -117,7 +122,8 @@ def predict(measured: Kept, facts: Facts, choice: Choice) -> dict[str, float]:
     for index, (layer, products, inputs) in enumerate(
         zip(measured.layers, measured.products, measured.inputs, strict=True)
     ):
-        whole = min(layer, inputs + COMPILED * products) if facts.compiled else layer
+        # experts may fail to compile, and keep more where they don't
+        whole = min(layer, inputs + COMPILED * products) if facts.compiled and not facts.experts else layer
         if index in again:
             work = max(work, whole)
             kept += 0 if choice.offload == "activations" else inputs
@@ -139,6 +145,7 @@ def predict(measured: Kept, facts: Facts, choice: Choice) -> dict[str, float]:
     copies = measured.constant * (2 / len(measured.layers) if host and measured.layers else 1)
     before = gradients if facts.several else 0.0
     work *= facts.tokens  # once the logits are gone
+    sorting = EXPERTS * max(measured.layers) * facts.tokens if facts.experts else 0.0
     ahead = before + kept * facts.tokens + max(logits, head_gradient + work)
     back = gradients + head_gradient + work
     parts = {
@@ -147,7 +154,7 @@ def predict(measured: Kept, facts: Facts, choice: Choice) -> dict[str, float]:
         "gradients": before if ahead > back else gradients,
         "activations": kept * facts.tokens if ahead > back else work,
         "logits": max(logits, head_gradient + work) if ahead > back else head_gradient,
-        "other": copies + OVERHEAD[facts.device] + (float(facts.gradients) if facts.buckets else 0.0),
+        "other": copies + sorting + OVERHEAD[facts.device] + (float(facts.gradients) if facts.buckets else 0.0),
     }
     step = sum(parts.values())
     loading = facts.weights + facts.loading + OVERHEAD["cpu"] if facts.device == "cpu" else 0.0

@@ -187,7 +187,6 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
     matrix = getattr(head, "weight", None)
     if matrix is None:  # an adapted head
         matrix = embedding.weight
-    experts = any(p.ndim > 2 for p in model.parameters())  # may fail to compile, and keep more where they don't
     item = 2 if method.compute_dtype is not None else 4
     return Facts(
         weights=storage_bytes(method.net),
@@ -207,7 +206,8 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         several=batch.several,
         buckets=ranks_of(method) > 1,
         fused=method.net.head is not None,
-        compiled=wants_compiling(method, device) and not experts,
+        experts=any(p.ndim > 2 for p in model.parameters()),
+        compiled=wants_compiling(method, device),
         trains_base=method.tuner.trains_base,
         device="cuda" if device.type == "cuda" else "cpu",  # other accelerators share the host's memory
     )

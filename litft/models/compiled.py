@@ -84,11 +84,12 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
         again: Any = layer.forward
         if isinstance(again, Again) and not again.selective:  # what runs again is the compiled pass
             plain[layer] = again.forward
-            again.forward = torch.compile(again.forward, dynamic=True, fullgraph=True)
+            again.forward = torch.compile(again.forward, dynamic=True)
         else:
-            layer.compile(dynamic=True, fullgraph=True)
+            layer.compile(dynamic=True)
     try:
-        with torch.random.fork_rng():
+        # whole now, so that "compiled" is no half-truth; what only a later pass meets may still run uncompiled
+        with torch.random.fork_rng(), torch._dynamo.error_on_graph_break(True):
             first_pass()
     except Exception as error:  # whatever dynamo, inductor or a C++ compiler may raise: the run goes on without
         for layer in layers:

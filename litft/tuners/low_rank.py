@@ -175,7 +175,7 @@ def _outputs(layers: list[Any], x: Tensor) -> list[Tensor]:
     down = torch.cat([layer.lora_A for layer in layers]).to(x.dtype)
     ups = [layer.lora_B.to(x.dtype) for layer in layers]
     scales = [layer.scale for layer in layers]
-    if any(map(is_quantised, bases)):
+    if torch.is_grad_enabled() and any(map(is_quantised, bases)):
         return list(_Quantised.apply(x, down, bases, biases, scales, *ups))
     return low_rank_linears(x, _expanded(bases, x.dtype), biases, down, ups, scales)[:-1]
 

@@ -84,7 +84,8 @@ class Int8Linear(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y: Tensor = _QuantisedProduct.apply(x, self)
+        kept = torch.is_grad_enabled()  # else there is nothing to keep it for, and a compiler can't look into it
+        y: Tensor = _QuantisedProduct.apply(x, self) if kept else F.linear(x, weight_matrix(self).to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -109,7 +110,7 @@ def add_product(update: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         layer: quantised weights are expanded for the forward and again for the backward pass.
     """
     rows, onto = x.reshape(-1, x.shape[-1]), update.reshape(-1, update.shape[-1])
-    if is_quantised(layer):
+    if is_quantised(layer) and torch.is_grad_enabled():
         y: Tensor = _QuantisedProduct.apply(rows, layer, onto)
     else:
         y = torch.addmm(onto, rows, weight_matrix(layer).to(x.dtype).T)

@@ -120,6 +120,7 @@ FACTS = Facts(
     several=False,
     buckets=False,
     fused=True,
+    experts=False,
     compiled=False,
     trains_base=True,
     device="cpu",
