@@ -99,7 +99,7 @@ LoRA, on a Llama-like layer); the rest is cheap and is computed again."""
 PLAIN_LOSS = 16.0
 """Bytes a logit where all are there at once: themselves, in fp32, their log-softmax, and gradients of these."""
 EXPERTS = 3.0
-"""How many times what a layer of experts keeps its backward pass takes beside that, for tokens sorted by expert and back
+"""How many times what a layer of experts keeps its backward pass takes beside that, to sort tokens by expert and back
 (measured on a qwen3_moe)."""
 SMALL_TENSOR = 4096
 """Weights of a tensor below which bitsandbytes keeps moments in fp32."""
