@@ -72,6 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path, *words: str
     return json.loads(out[0].read_text()), out[1].read_text()
 
 
+@pytest.mark.slow
 def test_a_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path) -> None:
     found, text = run(monkeypatch, tmp_path, tiny_llama, "--steps", "3", "--warm_up", "1")
     arm = found["races"]["lora"]["arms"]["litft"]

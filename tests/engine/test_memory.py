@@ -35,10 +35,10 @@ EXPERTS = {"moe_intermediate_size": 512, "num_experts": 8}
 QUICK: dict[str, dict[str, Any]] = {
     "lora": {"tuner": "lora"},
     "full, several micro-batches a step": {"tuner": "full", "batch": 2048, "step": 8192},
-    "full, every second layer again": {"tuner": "full", "method": {"recompute": 2}, "batch": 6144},
 }
 MORE: dict[str, dict[str, Any]] = {
     "full": {"tuner": "full"},
+    "full, every second layer again": {"tuner": "full", "method": {"recompute": 2}, "batch": 6144},
     "full, compiled": {"tuner": "full", "method": {"compile": "true"}},
     "lora, compiled": {"tuner": "lora", "method": {"compile": "true"}, "batch": 8192},
     "full, all layers again": {"tuner": "full", "method": {"recompute": "full"}, "batch": 8192},

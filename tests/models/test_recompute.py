@@ -135,7 +135,7 @@ def test_compiled_layers_give_the_same_and_are_not_made_again_for_other_lengths(
 
 
 @pytest.mark.parametrize("quant", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_compiled_layers_of_packed_weights_validate(
     quant: Any, dropout: float, tiny_llama: Path, tmp_path: Path
 ) -> None:
