@@ -7,6 +7,13 @@ class UserError(Exception):
     """A mistake that the user can mend: one to five lines saying what, where and how to mend it."""
 
 
+class Failed(Exception):
+    """The run ended for a reason that lies in neither litft nor the command: a full disk, a dead process, a bad loss.
+
+    One to five lines, as `UserError`; the exit code is 1.
+    """
+
+
 class DataError(UserError):
     """A row, or a file of rows, that cannot be used.
 

@@ -15,6 +15,7 @@ from lightning import Fabric
 
 from litft import SFT, ChatData, Full, LoRA, QLoRA
 from litft.engine.precision import default_precision
+from litft.engine.randomness import seed_step
 
 
 def main(args: argparse.Namespace) -> list[float]:
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> list[float]:
     losses: list[float] = []
     for epoch in range(data.plan.locate(data.total_steps - 1)[0] + 1):
         for step in fabric.setup_dataloaders(data.train_dataloader(epoch, 0), use_distributed_sampler=False):
+            seed_step(step["seed"])
             total = torch.zeros((), device=fabric.device)
             for index, batch in enumerate(step["micro_batches"]):
                 last = index == len(step["micro_batches"]) - 1

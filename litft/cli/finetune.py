@@ -58,15 +58,15 @@ def main(argv: list[str]) -> int:
 
 
 def _run(cli: Any, tuner: str, signals: Signals) -> int:
-    from litft.engine.checkpoints import newest
+    from litft.engine.checkpoint_files import newest
     from litft.engine.console import plan_lines
+    from litft.engine.identity import parse_allowed
     from litft.engine.memory import lacks_memory
-    from litft.engine.metrics import BadLoss
     from litft.engine.run import check_validation, model_line, plan, report, run
     from litft.engine.run_folder import discard
     from litft.methods.memory import ways_out
 
-    config = cli.config
+    config, allowed = cli.config, parse_allowed(cli.config.allow_changed)
     folder = _folder(config, tuner) if config.out and not config.dry_run else None
     trainer = _trainer(cli)
     planned = plan(cli.model, cli.datamodule, trainer)
@@ -105,6 +105,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
             planned=planned,
             config=_resolved(cli, trainer),
             signals=signals,
+            allow_changed=allowed,
         )
     except (Stopped, UserError) as error:
         kept = newest(folder / "checkpoints")
@@ -113,10 +114,6 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
         if kept and isinstance(error, Stopped):
             raise Stopped(error.number, error.step, folder) from None
         raise
-    except BadLoss as error:
-        if trainer.is_global_zero:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
@@ -186,7 +183,7 @@ def _devices() -> str:
 def _resolved(cli: Any, trainer: Any) -> str:
     """The configuration with every default that this run's data and model have decided, as YAML that runs it again."""
     config = cli.config.clone()
-    for key in (*SWITCHES, "config", "out"):
+    for key in (*SWITCHES, "config", "out", "allow_changed"):
         config.pop(key, None)
     data = cli.datamodule
     config.trainer.precision = trainer.precision
@@ -260,6 +257,12 @@ def _parse(words: list[str]) -> Any:
                 type=int | None,
                 default=None,
                 help="Stop after so many validations without a better val_loss.",
+            )
+            parser.add_argument(
+                "--allow_changed",
+                type=str | None,
+                default=None,
+                help="With --resume: what may have changed since, of data,tokenizer,template,model,tuner.",
             )
             for name, text in SWITCHES.items():
                 parser.add_argument(f"--{name}", action="store_true", help=text)

@@ -19,7 +19,17 @@ SWITCHES = {
     "dry_run": "Do everything up to the first step and print the plan.",
     "json": "With --dry_run: the plan as JSON.",
 }
-COMMAND = ("seed_everything", "out", "val_every_n_steps", "patience", "config", "print_config", "help", *SWITCHES)
+COMMAND = (
+    "seed_everything",
+    "out",
+    "val_every_n_steps",
+    "patience",
+    "allow_changed",
+    "config",
+    "print_config",
+    "help",
+    *SWITCHES,
+)
 """Keys of the command itself."""
 GROUPS = {
     "model": [("litft", "methods/base.py", "Method")],
@@ -60,7 +70,7 @@ def known(tuner: str | None) -> tuple[frozenset[str], tuple[str, ...]]:
     Args:
         tuner: full, lora or qlora; another class path has options that only it knows.
     """
-    found, opened = set(COMMAND), list(OPEN)
+    found, opened = {*COMMAND, *SWITCHES}, list(OPEN)
     for group, places in {**GROUPS, "model.tuner": OPTIONS.get(tuner or "lora", [])}.items():
         names = [parameters(*place) for place in places]
         if not names or None in names:

@@ -25,7 +25,7 @@ def usage() -> str:
         f"litft {__version__}: fine-tune language models on chat data.\n\n"
         f"usage: litft VERB ... [--help] [--debug]\n\n{verbs}\n\n"
         "start here: litft finetune lora --data tutorials/data/quickstart.jsonl\n"
-        "exit codes: 0 done, 2 your mistake, 1 ours or a bad loss, 130 Ctrl-C, 143 SIGTERM"
+        "exit codes: 0 done, 2 your mistake, 1 ours or a bad loss, 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1"
     )
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"litft {__version__}")
         return 0
-    from litft.errors import UserError
+    from litft.errors import Failed, UserError
 
     try:
         if argv[0] not in VERBS:
@@ -58,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("LOCAL_RANK") or 0) == 0:  # what one process of a run says need not be said by all
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except Failed as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -227,7 +227,8 @@ class ChatData(LightningDataModule):
             epoch, start = plan.locate(self.trainer.global_step) if self.trainer else (0, 0)
         layout = functools.partial(plan.layout, epoch)
         make = functools.partial(_make, self.selection.read, plan.packing, self._pad_id)
-        steps = Steps(layout, self._rank, make, plan.lengths, plan.trained, len(plan.steps(epoch)))
+        count, seed = len(plan.steps(epoch)), (plan.seed, epoch)
+        steps = Steps(layout, self._rank, make, plan.lengths, plan.trained, count, seed)
         return StepLoader(steps, start or 0, self._workers(), self._pin)
 
     def val_dataloader(self) -> list[StepLoader]:

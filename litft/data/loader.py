@@ -18,7 +18,7 @@ from litft.data.batch import Batch, Document, pack_documents, pad_documents
 SLOTS = 64
 """Packed rows are filled up to a multiple of this: the matrix libraries make a kernel for every new length."""
 Step = dict[str, Any]
-"""`micro_batches` (this rank's), and over all ranks: `tokens`, `trained`, `rows` (ids of the rows in it)."""
+"""`micro_batches` and `seed` (this rank's), and over all ranks: `tokens`, `trained`, `rows` (ids of the rows in it)."""
 
 
 def make_batch(
@@ -52,6 +52,7 @@ class Steps(Dataset):
         lengths: tokens of each row.
         trained: trained tokens of each row.
         count: number of steps.
+        seed: of the run and of the epoch; a step's own follows from it, the index and the rank.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Steps(Dataset):
         lengths: np.ndarray,
         trained: np.ndarray,
         count: int,
+        seed: tuple[int, ...] = (),
     ) -> None:
-        self.layout, self.rank, self.make, self.count = layout, rank, make, count
+        self.layout, self.rank, self.make, self.count, self.seed = layout, rank, make, count, seed
         self.lengths, self.trained = lengths, trained
 
     def __len__(self) -> int:
@@ -80,6 +82,7 @@ class Steps(Dataset):
             "tokens": int(self.lengths[rows].sum()),
             "trained": trained,
             "rows": rows.tolist(),
+            "seed": int(np.random.SeedSequence((*self.seed, index, self.rank)).generate_state(1, np.uint64)[0] >> 1),
         }
 
 

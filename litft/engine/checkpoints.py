@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import random
-import shutil
+import contextlib
+import functools
+import sys
 import time
-import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,22 +15,25 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from litft.engine import checkpoint_files as files
+from litft.engine import identity
+from litft.engine.background import Background, Left
 from litft.engine.metrics import StepMetrics
 from litft.engine.signals import Signals, Stopped
-from litft.errors import UserError
-
-FILE = "state.ckpt"
+from litft.errors import Failed, UserError
 
 
 class Checkpoints(Checkpoint):
-    """Saves what is trained, the optimizer, the schedule, the step and every random state.
+    """Saves what is trained, the optimizer, the schedule, the step, and what callbacks remember.
 
     A checkpoint is made between two optimizer steps, with everything that belongs to the first (validation, early
-    stopping) behind it. It is written beside its place and renamed.
+    stopping) behind it, and written while training goes on. It holds no random state: a step's random numbers follow
+    from the seed and the step (`litft.engine.randomness`). Another number of ranks can go on with it.
 
     Args:
         every_steps: optimizer steps between checkpoints; only those below by default.
-        every_minutes: minutes between checkpoints.
+        every_minutes: minutes between checkpoints. One is also made at the end, on Ctrl-C, SIGTERM and SIGUSR1, and
+            before an error ends the run.
         keep_last: how many of the newest are kept; the best is kept besides.
         final: which weights become `final/`: the best by `val_loss` where there was validation, or the last.
     """
@@ -39,7 +42,7 @@ class Checkpoints(Checkpoint):
         self,
         every_steps: int | None = None,
         every_minutes: float | None = 30.0,
-        keep_last: int = 1,
+        keep_last: int = 2,
         final: Literal["best", "last"] = "best",
     ) -> None:
         if keep_last < 1:
@@ -56,18 +59,23 @@ class Checkpoints(Checkpoint):
         self.folder: Path | None = None
         self.best: tuple[float, int] | None = None  # val_loss and step
         self.signals: Signals | None = None
+        self.allowed: Collection[str] = ()  # what may have changed since a checkpoint that is gone on from
+        self.owes_validation = False  # an error kept the step that is gone on from from being validated
+        self._writer = Background()
         self._saved_at = time.monotonic()
         self._saved_step = -1
-        self._random_state: list[dict[str, Any]] | None = None
+        self._validated = -1
+        self._resumed = self._improved = False
+        self._validates = False
         self._groups: list[list[dict[str, Any]]] = []
-        self._improved = False
 
     # ---- when
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Find the folder."""
+        """Find the folder; write to it in the background."""
         if self.folder is None:
             self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        trainer.strategy.checkpoint_io = self._writer
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Note the optimizers' settings as this command has them; a checkpoint is about to bring its own."""
@@ -82,7 +90,8 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """From here on there is something to lose: signals wait for the end of a step."""
         self._saved_at = time.monotonic()
-        if self._random_state is not None:
+        self._validates = trainer.enable_validation
+        if self._resumed:
             for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
                 for group, settings in zip(optimizer.param_groups, groups, strict=True):
                     group.update(settings)
@@ -90,21 +99,21 @@ class Checkpoints(Checkpoint):
         if self.signals:
             self.signals.install()
             self.signals.deferred = True
+        if self.owes_validation:
+            self.owes_validation, trainer.validating = False, True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Between two steps: the place where states are restored, saved, and signals obeyed."""
+        """Between two steps: the place where states are saved and signals obeyed."""
         step = trainer.global_step
-        if self._random_state is not None:
-            _set_random_state(self._random_state[trainer.global_rank % len(self._random_state)])
-            self._random_state = None
-            self._saved_step = step
         stop = self._agreed_signal(trainer)
         due = bool(self.every_steps and step % self.every_steps == 0)
         if self.every_minutes and not due:
             late = time.monotonic() - self._saved_at > 60 * self.every_minutes
             due = bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
         if step > max(0, self._saved_step) and (due or stop or self._improved):
-            self.save(trainer)
+            self.save(trainer, now=bool(stop))
         if stop:
             self._stop(stop, step)
 
@@ -116,29 +125,42 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Remember the best."""
         losses = getattr(pl_module, "val_losses", None)
-        if trainer.sanity_checking or not losses or not np.isfinite(losses["val_loss"]):
+        if trainer.sanity_checking or not losses:
             return
-        if self.best is None or losses["val_loss"] < self.best[0]:
+        self._validated = trainer.global_step
+        if np.isfinite(losses["val_loss"]) and (self.best is None or losses["val_loss"] < self.best[0]):
             self.best = losses["val_loss"], trainer.global_step
             self._improved = True
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the last step."""
-        if trainer.global_step > self._saved_step:
-            self.save(trainer)
+        if trainer.global_step > self._saved_step or self._improved:
+            self.save(trainer, now=True)
+        trainer.strategy.barrier("checkpoint")  # the others read what the first has written
+        self._close()
         if self.signals:
             self.signals.deferred = False
         if stop := self._agreed_signal(trainer):
             self._stop(stop, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Nothing more to wait for."""
+        """Save the steps done, if their state is still there."""
         if self.signals:
             self.signals.deferred = False
+        step, whole = trainer.global_step, not getattr(pl_module, "mid_step", False)
+        if step >= (pl_module.total_steps or sys.maxsize):  # its validation could not be made up for
+            whole = whole and not self._owes_validation(trainer, pl_module)
+        try:
+            if whole and step > max(0, self._saved_step):
+                self.save(trainer, now=True, alone=True)
+            self._close()
+        except Failed as error:
+            print(error, file=sys.stderr)
 
     def _stop(self, number: int, step: int) -> None:
         assert self.folder is not None
-        raise Stopped(number, step, self.folder.parent if newest(self.folder) else None)
+        self._close()
+        raise Stopped(number, step, self.folder.parent if files.newest(self.folder) else None)
 
     def _agreed_signal(self, trainer: Trainer) -> int | None:
         """The signal to obey, if any process was given one; the same answer on every rank."""
@@ -150,66 +172,92 @@ class Checkpoints(Checkpoint):
 
     # ---- what
 
-    def save(self, trainer: Trainer) -> None:
-        """Write `step-N/`, move `last` and `best`, remove what is no longer wanted."""
+    def save(self, trainer: Trainer, now: bool = False, alone: bool = False) -> None:
+        """Write `step-N/`, move `last` and `best`, remove what is no longer wanted.
+
+        Args:
+            trainer: between two steps.
+            now: wait until it is done.
+            alone: don't meet the other ranks, which may be gone.
+        """
         assert self.folder is not None
+        if alone and not trainer.is_global_zero:
+            return
         began, step = time.perf_counter(), trainer.global_step
-        place = self.folder / f"step-{step:06d}"
-        beside = self.folder / f".{place.name}.partial"
-        if trainer.is_global_zero:
-            beside.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(beside / FILE, weights_only=False)  # the optimizer too
+        self._say_failure()
+        place = files.place_of(self.folder, step)
+        best = files.place_of(self.folder, self.best[1]) if self.best else None
+        finish = functools.partial(_finish, files.half_of(place), place, best, self.keep_last)
+        options = {"then": finish, "now": now, "leave": alone and trainer.world_size > 1}
+        with contextlib.suppress(Left):
+            trainer.save_checkpoint(files.half_of(place) / files.FILE, weights_only=False, storage_options=options)
         self._improved = False
         self._saved_at, self._saved_step = time.monotonic(), step
-        if trainer.is_global_zero:
-            _to_disk(beside / FILE)
-            shutil.rmtree(place, ignore_errors=True)
-            beside.rename(place)
-            _to_disk(self.folder)
-            link(self.folder, "last", place.name)
-            if self.best is not None and self.best[1] == step:
-                link(self.folder, "best", place.name)
-            self._prune()
-        trainer.strategy.barrier("checkpoint")
         for metrics in (c for c in trainer.callbacks if isinstance(c, StepMetrics)):  # type: ignore[attr-defined]
             metrics.leave_out(time.perf_counter() - began)
 
+    def _say_failure(self) -> None:
+        """Say of the last checkpoint that it isn't there, where that is so; training goes on."""
+        if error := self._writer.wait():
+            print(f"{self._why(*error)}; training goes on", file=sys.stderr)
+
+    def _close(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            Failed: it could not be written.
+        """
+        if error := self._writer.wait():
+            raise Failed(f"{self._why(*error)}\nmend: make that place writable, then the same command with --resume")
+
+    def _why(self, path: Path, error: Exception) -> str:
+        assert self.folder is not None
+        newest = files.newest(self.folder)
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        left = f"the newest checkpoint is that of step {files.step_of(newest)}" if newest else "there is no checkpoint"
+        step = path.parent.name.removeprefix(".").removesuffix(".partial")
+        return f"checkpoint {self.folder / step} could not be written: {reason}; {left}"
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the random state of every rank, and put the loops' counters between two steps of the plan."""
-        own = _random_state()
-        states: list[Any] = [own]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, own)
+        """Add what the run is made of, and put the loops' counters between two steps of the plan."""
         data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
         checkpoint["litft"] = {
-            "random_state": states,
-            "fingerprint": data.fingerprint,
+            "identity": identity.of(pl_module, data),
+            "schedule": identity.schedule_of(pl_module),
             "optimizer": getattr(pl_module, "optimizer_name", None),
+            "owes_validation": self._owes_validation(trainer, pl_module),
         }
         _between_steps(checkpoint["loops"]["fit_loop"], step, *data.plan.locate(step))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the random states for the first step; refuse other data and another optimizer."""
+        """Refuse a run that isn't the one of the checkpoint; say what becomes of the schedule."""
         if "_instantiator" in checkpoint.get("hyper_parameters", {}):
             raise UserError("the checkpoint names code to run (_instantiator), as none that litft wrote does")
         checkpoint.get("callbacks", {}).pop("Timer", None)  # each command has its own --trainer.max_time
         saved = checkpoint.get("litft")
         if saved is None:
             return
-        now = trainer.datamodule.fingerprint  # type: ignore[attr-defined]
-        if saved["fingerprint"] != now:
-            raise UserError(
-                "the checkpoint was made with other rows, seed or tokens_per_step: its step numbers mean other rows\n"
-                "mend: --resume with the data, seed and --data.tokens_per_step it was made with,\n"
-                "or begin in another --out (--model OLD_OUT takes over what was learnt)"
-            )
+        data, step = trainer.datamodule, int(checkpoint["global_step"])  # type: ignore[attr-defined]
+        identity.check(saved["identity"], identity.of(pl_module, data), step, self.allowed)
         if saved["optimizer"] != (name := getattr(pl_module, "optimizer_name", None)):
             raise UserError(
                 f"the checkpoint holds the state of optimizer {saved['optimizer']}, not of {name}\n"
                 f"mend: --model.optimizer {saved['optimizer']}, or begin in another --out"
             )
-        self._random_state = saved["random_state"]
+        changes = identity.schedule_changes(saved["schedule"], identity.schedule_of(pl_module), step)
+        if changes and trainer.is_global_zero:
+            print(changes)
+        self._resumed, self.owes_validation, self._saved_step = True, saved["owes_validation"], step
+
+    def _owes_validation(self, trainer: Trainer, module: Any) -> bool:
+        """Whether Trainer validates after the step just done, and hasn't."""
+        step, every, epochs = trainer.global_step, trainer.val_check_batch, trainer.check_val_every_n_epoch
+        if not step or not self._validates or not every or self._validated == step:
+            return False
+        epoch, index = trainer.datamodule.plan.locate(step - 1)  # type: ignore[attr-defined]
+        count = step if epochs is None else index + 1
+        due = count % every == 0 and (epochs is None or (epoch + 1) % epochs == 0)
+        return due or step >= (module.total_steps or sys.maxsize)
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""
@@ -222,7 +270,7 @@ class Checkpoints(Checkpoint):
     def best_file(self) -> Path | None:
         """The checkpoint of the lowest validation loss, where it is there."""
         assert self.folder is not None
-        file = self.folder / f"step-{self.best[1]:06d}" / FILE if self.best else None
+        file = files.place_of(self.folder, self.best[1]) / files.FILE if self.best else None
         return file if file and file.is_file() else None
 
     def _find_best(self, trainer: Trainer) -> None:
@@ -233,14 +281,16 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             (self.folder / "best").unlink(missing_ok=True)
             if file:
-                link(self.folder, "best", file.parent.name)
+                files.link(self.folder, "best", file.parent.name)
 
-    def _prune(self) -> None:
-        assert self.folder is not None
-        best = self.best_file()
-        for old in complete(self.folder)[: -self.keep_last]:
-            if best is None or old != best.parent:
-                shutil.rmtree(old, ignore_errors=True)
+
+def _finish(half: Path, place: Path, best: Path | None, keep_last: int) -> None:
+    """A checkpoint's file is on the disk: give it its name, point the links at it, let older ones go."""
+    files.publish(half, place)
+    files.link(place.parent, "last", place.name)
+    if place == best:
+        files.link(place.parent, "best", place.name)
+    files.prune(place.parent, keep_last, best)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -268,96 +318,3 @@ def _between_steps(loop: dict[str, Any], step: int, epoch: int, index: int) -> N
 
 def _all(counters: dict[str, int], value: int) -> dict[str, int]:
     return dict.fromkeys(counters, value)
-
-
-def link(folder: Path, name: str, target: str) -> None:
-    """Point `folder/name` at its neighbour `target`; never absent in between, and valid after the folder is moved."""
-    fresh = folder / f".{name}.link"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(folder / name)
-
-
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("step-*") if (p / FILE).is_file()]
-    return sorted(found, key=lambda p: step_of(p / FILE))
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint's file."""
-    found = complete(folder)
-    return found[-1] / FILE if found else None
-
-
-def is_whole(file: Path) -> bool:
-    """Whether a checkpoint's file is there to its end and its checksums hold."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def newest_whole(folder: Path, write: bool = True) -> tuple[Path | None, list[Path]]:
-    """The checkpoint to go on from, and newer ones that are damaged.
-
-    Args:
-        folder: `checkpoints/` of a run.
-        write: take the damaged and the half-written out of the way, and point `last` at the one found; for one process.
-    """
-    damaged = []
-    for place in reversed(complete(folder)):
-        if not is_whole(place / FILE):
-            damaged.append(place)
-            continue
-        if write:
-            for broken in damaged:
-                broken.rename(broken.with_name(f"damaged-{broken.name}"))
-            for half in folder.glob(".step-*.partial"):
-                shutil.rmtree(half, ignore_errors=True)
-            link(folder, "last", place.name)
-        return place / FILE, damaged
-    return None, damaged
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step of a checkpoint's file."""
-    return int(checkpoint.parent.resolve().name.removeprefix("step-"))
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _random_state() -> dict[str, Any]:
-    """All random states, in types that load without unpickling code."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, numbers, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [
-            str(kind),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ],
-        "python": [version, list(numbers), gauss_next],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, gauss_next = state["python"]
-    random.setstate((version, tuple(numbers), gauss_next))

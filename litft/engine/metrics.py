@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import resource
@@ -14,6 +15,8 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from litft.errors import Failed
 
 COLUMNS = [
     "step",
@@ -33,7 +36,7 @@ COLUMNS = [
 LOGGED_ROWS = 100  # about how many a run has where log_every_n_steps isn't said
 
 
-class BadLoss(RuntimeError):
+class BadLoss(Failed):
     """The run stopped because too many optimizer steps had a non-finite loss or gradient."""
 
 
@@ -237,6 +240,10 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self._file: Any = None
+        self._last: dict[str, Any] = {}
+        self._waiting: list[dict[str, Any]] = []
+        self._last_at = self._end = 0
+        self._said = False
         self.resume_step = resume_step
 
     @property
@@ -244,22 +251,50 @@ class MetricsCSV(Logger):
     def experiment(self) -> Any:
         """The csv writer; opened at the first row."""
         if self._file is None:
-            kept = []
+            kept: list[dict[str, Any]] = []
             if self.resume_step is not None and self.path.exists():
                 kept = [r for r in read_metrics(self.path) if int(r["step"]) <= self.resume_step]
-            self._file = open(self.path, "w", newline="")  # noqa: SIM115 - closed in finalize
+            beside = self.path.with_name(f".{self.path.name}.partial")  # rows of the past are never only in memory
+            self._file = open(beside, "w", newline="")  # noqa: SIM115 - closed in finalize
             self._writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore")
             self._writer.writeheader()
-            self._writer.writerows(kept)
+            self._end = self._file.tell()
+            self._write(kept)
+            beside.replace(self.path)
         return self._writer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Write a record; anything else that is logged (no `step` in it) isn't a row."""
+        """Write a record; anything else that is logged (no `step` in it) isn't a row.
+
+        What is added to the last row's step, as a validation after a resume, goes into that row. Where the disk is full
+        the rows wait for the next one; that doesn't end a run.
+        """
         if "step" not in metrics:
             return
-        self.experiment.writerow({k: v for k, v in metrics.items() if k in COLUMNS})
+        row = {k: v for k, v in metrics.items() if k in COLUMNS}
+        try:
+            _ = self.experiment
+            if str(self._last.get("step")) == str(row["step"]):
+                row, self._end = self._last | row, self._last_at
+            self._waiting.append(row)
+            self._write(self._waiting)
+            self._waiting = []
+        except OSError as error:
+            if not self._said:
+                print(f"{self.path}: cannot be written: {error.strerror}; tried again with each row", file=sys.stderr)
+            self._said = True
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self._file.seek(self._end)  # behind the last row that is whole
+        self._file.truncate()
+        last_at = self._end
+        for row in rows:
+            last_at = self._file.tell()
+            self._writer.writerow(row)
         self._file.flush()
+        self._last_at, self._end = last_at, self._file.tell()
+        self._last = rows[-1] if rows else self._last
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -269,7 +304,8 @@ class MetricsCSV(Logger):
     def finalize(self, status: str) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk, which has been said
+                self._file.close()
             self._file = None
             self.resume_step = sys.maxsize  # a later fit of the same Trainer appends
 

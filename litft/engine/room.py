@@ -23,9 +23,12 @@ def room_on(device: torch.device, processes: int = 1) -> float:
     if device.type == "cuda":
         unused, _ = torch.cuda.mem_get_info(device)
         return (unused + torch.cuda.memory_reserved(device)) * MARGIN["cuda"]
-    own = resident()
-    free = min(filter(None, [_available(), _left_in_container()]), default=float("inf"))
-    return (free + own) / processes * MARGIN["cpu"]
+    return (host_memory_left() + resident()) / processes * MARGIN["cpu"]
+
+
+def host_memory_left() -> float:
+    """Bytes that the machine, or the container, has left; infinity where nobody says."""
+    return min(filter(None, [_available(), _left_in_container()]), default=float("inf"))
 
 
 def resident() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from litft.data.chat import ChatData
-from litft.engine.checkpoints import Checkpoints, newest_whole, step_of
+from litft.engine.checkpoint_files import half_written, is_whole, newest_whole, step_of, tidy
+from litft.engine.checkpoints import Checkpoints
 from litft.engine.console import Console, plan_lines
 from litft.engine.metrics import MetricsCSV, StepMetrics, peak_memory_gb
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
 from litft.engine.signals import Signals
 from litft.engine.speed import Speed, speed_of
-from litft.errors import UserError
+from litft.errors import Failed, UserError
 from litft.methods.base import Method
 from litft.models import native
 from litft.models.quiet import quiet
@@ -142,6 +143,7 @@ def run(
     planned: dict[str, Any] | None = None,
     config: str = "",
     signals: Signals | None = None,
+    allow_changed: Collection[str] = (),
 ) -> Outcome:
     """Train, and write `final/`.
 
@@ -157,20 +159,23 @@ def run(
         planned: of `plan`.
         config: the resolved configuration, kept as config.yaml.
         signals: handlers that wait for a checkpoint while training.
+        allow_changed: what may have changed since the checkpoint gone on from, of `litft.engine.identity.PARTS`.
 
     Returns:
         Losses and answers before and after, and where the result lies.
     """
     planned = planned or plan(method, data, trainer)
     check_validation(data, val_every_n_steps, patience)
-    checkpoint = _resume_point(folder, trainer, data.total_steps) if resume else None
+    checkpoint, damaged = _resume_point(folder, trainer, data.total_steps) if resume else (None, [])
     checkpoints, samples, metrics = _one(trainer, Checkpoints), _one(trainer, Samples), StepMetrics(log_every_n_steps)
-    checkpoints.signals = signals
+    checkpoints.signals, checkpoints.allowed = signals, allow_changed
     checkpoints.folder = folder / "checkpoints"
     record: RunFile | None = None
 
     def begin() -> None:
         nonlocal record
+        if record is None and trainer.is_global_zero:
+            tidy(folder / "checkpoints", checkpoint, damaged)
         record = record or _begin(trainer, folder, planned, config, checkpoint)
 
     if checkpoint is None:  # there is nothing that a refusal could spoil, and a crash leaves a trace
@@ -229,17 +234,29 @@ def run(
     return outcome
 
 
-def _resume_point(folder: Path, trainer: Trainer, total_steps: int) -> Path | None:
-    """The checkpoint to go on from, and a line about it."""
-    file, damaged = newest_whole(folder / "checkpoints", write=trainer.is_global_zero)
+def _resume_point(folder: Path, trainer: Trainer, total_steps: int) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from and the damaged ones passed over, and lines about them.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    file, damaged = newest_whole(folder / "checkpoints")
+    names = ", ".join(place.name for place in damaged)
+    if file is None and damaged:
+        raise UserError(
+            f"{folder / 'checkpoints'}: nothing to go on from, every checkpoint is damaged ({names})\n"
+            "mend: begin in another --out"
+        )
     if trainer.is_global_zero:
-        for place in damaged:
-            print(f"checkpoint {place.name} is damaged and put aside", file=sys.stderr)
+        if damaged:
+            print(f"passed over, damaged: {names} (kept as damaged-...)", file=sys.stderr)
+        for half in half_written(folder / "checkpoints"):
+            print(f"passed over, only half written: {half.name}", file=sys.stderr)
         if file is None:
             print(f"{folder} has no checkpoint yet: beginning at its first step")
         else:
             print(f"going on from step {step_of(file)} of {total_steps} ({file.parent})")
-    return file
+    return file, damaged
 
 
 def _more_than_data(file: Path | None) -> UserError:
@@ -292,6 +309,11 @@ def _finish(
         outcome.final_step, outcome.why = best[1], f"the best by val_loss, step {best[1]} of {last}"
         outcome.losses_after = metrics.losses_at.get(best[1], {"val_loss": best[0]})
         if best[1] != last:
+            if not is_whole(best_file):
+                raise Failed(
+                    f"{best_file}: the checkpoint with the best weights is damaged\n"
+                    "mend: the same command with --resume --checkpoint.final last takes those of the last step"
+                )
             try:
                 state = torch.load(best_file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:

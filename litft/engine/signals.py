@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once where nothing would be lost, after the present step and its checkpoint while training."""
+"""Ctrl-C, SIGTERM, SIGUSR1: at once where nothing would be lost, while training after the step and its checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-OBEYED = (signal.SIGINT, signal.SIGTERM)
+OBEYED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""SIGUSR1 is what clusters send some time before a job's limit."""
 
 
 class Stopped(BaseException):

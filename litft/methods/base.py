@@ -20,6 +20,7 @@ from litft.engine.in_backward import StepInBackward
 from litft.engine.memory import MemoryPlan
 from litft.engine.optimizers import build_optimizer, check_name
 from litft.engine.precision import check_precision
+from litft.engine.randomness import seed_step
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
@@ -151,6 +152,7 @@ class Method(LightningModule):
         self.offloaded, self.loading_bytes, self.resident_before = False, 0, 0.0
         self.compiled = Compiled()
         self.grad_norm: Tensor | None = None
+        self.mid_step = False  # whether weights have moved that belong to an optimizer step not yet done
         self._sums: dict[int, Tensor] = {}
 
     # ---- what a subclass writes
@@ -309,6 +311,7 @@ class Method(LightningModule):
             raise UserError(PARTS)
 
         def backward() -> None:
+            seed_step(step["seed"])
             optimizer.zero_grad()
             last = len(step["micro_batches"]) - 1
             for index, batch in enumerate(step["micro_batches"]):
@@ -317,12 +320,15 @@ class Method(LightningModule):
                     self.manual_backward(loss)
                 losses.append(loss.detach())
 
+        self.mid_step = self.step_in_backward
         optimizer.step(closure=backward)
         scheduler.step()
+        self.mid_step = False
         return {"loss": torch.stack(losses).sum()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and keep a non-finite gradient away from the weights."""
+        self.mid_step = True
         if self.step_in_backward:
             self.grad_norm = self.in_backward.norm()
         else:

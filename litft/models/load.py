@@ -226,10 +226,14 @@ def fingerprint(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, template: bool = True) -> str:
     """What decides a tokenizer's ids: vocabulary, merges, added tokens, normalisation, special tokens, chat template.
 
     The truncation and padding that the last call left in a fast tokenizer don't count.
+
+    Args:
+        tokenizer: of a model.
+        template: whether its chat template counts.
 
     Returns:
         64 hexadecimal digits.
@@ -242,7 +246,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         added = sorted((id, str(token), token.special) for id, token in tokenizer.added_tokens_decoder.items())
         digest.update(json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), added]).encode())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    digest.update(json.dumps([special, tokenizer.chat_template], sort_keys=True).encode())
+    digest.update(json.dumps([special, tokenizer.chat_template if template else None], sort_keys=True).encode())
     return digest.hexdigest()
 
 

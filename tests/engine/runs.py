@@ -11,7 +11,8 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 
 from litft import SFT, ChatData, Full, LoRA, QLoRA
-from litft.engine.checkpoints import Checkpoints, newest
+from litft.engine.checkpoint_files import newest
+from litft.engine.checkpoints import Checkpoints
 from litft.engine.run import run
 from litft.engine.samples import Samples
 from litft.engine.signals import Signals, Stopped
@@ -22,6 +23,13 @@ CLOCK = {"tokens_per_s", "trained_tokens_per_s", "step_s", "data_s", "memory_gb"
 
 class PowerCut(Exception):
     pass
+
+
+def cut_power(trainer: Any) -> None:
+    """End the run as a process ends that has no time for last words."""
+    for callback in trainer.callbacks:
+        callback.on_exception = lambda *_: None
+    raise PowerCut
 
 
 class Trace(Callback):
@@ -41,7 +49,7 @@ class Trace(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.stop_at:
             if self.how == "power cut":
-                raise PowerCut
+                cut_power(trainer)
             signal.raise_signal(signal.SIGINT if self.how == "ctrl-c" else signal.SIGTERM)
 
 
@@ -149,9 +157,9 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Two runs ended in the same state: weights, optimizer, schedule, random states, records, result."""
+    """Two runs ended in the same state: weights, optimizer, schedule, best, records, result."""
     one, two = last(a), last(b)
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "litft", "global_step", "loops"):
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "litft", "callbacks", "global_step", "loops"):
         assert_same(one[key], two[key], key)
     assert metrics(a) == metrics(b)
     ours, theirs = ({p.name: p.read_bytes() for p in (f / "final").glob("*.safetensors")} for f in (a, b))

@@ -15,7 +15,9 @@ from runs import assert_same_run, last, metrics, start
 from tiny import chat_rows, save_tiny, write_jsonl
 
 from litft import SFT
-from litft.engine.checkpoints import FILE, Checkpoints, complete, is_whole, newest, newest_whole
+from litft.engine import checkpoint_files
+from litft.engine.checkpoint_files import FILE, complete, is_whole, newest, newest_whole
+from litft.engine.checkpoints import Checkpoints
 from litft.engine.metrics import BadLoss
 from litft.errors import UserError
 
@@ -231,27 +233,24 @@ def test_f3_killed_while_saving_the_one_before_is_whole(
 ) -> None:
     """The process ends after half of a checkpoint's bytes."""
     start(tmp_path / "a", tiny_llama, chats, steps=6, val_every=2)
-    from lightning import Trainer
+    publish = checkpoint_files.publish
 
-    whole = Trainer.save_checkpoint
-
-    def half(self: Any, path: Path, *args: Any, **kwargs: Any) -> None:
-        whole(self, path, *args, **kwargs)
-        if self.global_step == 4:
-            data = Path(path).read_bytes()
-            Path(path).write_bytes(data[: len(data) // 2])
-            from runs import PowerCut
-
-            raise PowerCut
+    def half(written: Path, place: Path) -> None:
+        if place.name != "step-000004":
+            return publish(written, place)
+        data = (written / FILE).read_bytes()
+        (written / FILE).write_bytes(data[: len(data) // 2])
+        raise SystemExit  # ends the thread that writes
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save_checkpoint", half)
-        options = {"steps": 6, "val_every": 2, "checkpoints": {"every_steps": 2}}
-        start(tmp_path / "b", tiny_llama, chats, stop_at=99, **options)
+        patch.setattr(checkpoint_files, "publish", half)
+        options = {"steps": 6, "val_every": 2, "checkpoints": {"every_steps": 2}, "how": "power cut"}
+        start(tmp_path / "b", tiny_llama, chats, stop_at=5, **options)
     assert steps_in(tmp_path / "b") == [2]
     assert [p.name for p in (tmp_path / "b" / "checkpoints").glob(".*")] == [".step-000004.partial"]
     start(tmp_path / "b", tiny_llama, chats, resume=True, **options)
-    assert "going on from step 2 of 6" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "going on from step 2 of 6" in said.out and "only half written: .step-000004.partial" in said.err
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert not list((tmp_path / "b" / "checkpoints").glob(".*"))
 
@@ -271,7 +270,7 @@ def test_f3_a_damaged_newest_is_put_aside(
     assert not is_whole(file)
     start(tmp_path / "b", tiny_llama, chats, steps=6, val_every=0, checkpoints=keep, resume=True)
     said = capsys.readouterr()
-    assert "step-000004 is damaged" in said.err and "going on from step 2" in said.out
+    assert "passed over, damaged: step-000004" in said.err and "going on from step 2" in said.out
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -291,7 +290,7 @@ def test_no_checkpoint_yet_begins_at_the_start(
 def test_other_data_are_refused(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
     start(tmp_path / "a", tiny_llama, chats, steps=4, stop_at=2)
     other = write_jsonl(tmp_path / "other.jsonl", chat_rows(36, seed=1))
-    with pytest.raises(UserError, match="other rows, seed or tokens_per_step"):
+    with pytest.raises(UserError, match=r"data \(\w{24} then, \w{24} now\)"):
         start(tmp_path / "a", tiny_llama, other, steps=4, resume=True)
     with pytest.raises(UserError, match="optimizer adamw, not of sgd"):
         start(tmp_path / "a", tiny_llama, chats, steps=4, resume=True, optimizer="sgd")

@@ -73,10 +73,10 @@ def test_records_have_every_column(tmp_path: Path, tiny_llama: Path, chats: Path
 def test_a_checkpoints_time_is_not_a_steps(
     tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from litft.engine import checkpoints
+    from litft.engine import checkpoint_files
 
-    to_disk = checkpoints._to_disk
-    monkeypatch.setattr(checkpoints, "_to_disk", lambda path: (time.sleep(0.5), to_disk(path)))  # a slow disk, 1 s
+    to_disk = checkpoint_files.to_disk
+    monkeypatch.setattr(checkpoint_files, "to_disk", lambda path: (time.sleep(0.5), to_disk(path)))  # a slow disk, 1 s
     start(tmp_path / "a", tiny_llama, chats, steps=4, val_every=0, checkpoints={"every_steps": 1})
     with open(tmp_path / "a" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]

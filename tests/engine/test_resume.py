@@ -11,7 +11,7 @@ import torch
 from runs import Trace, assert_same_run, last, metrics, start
 from tiny import chat_rows, save_tiny, write_jsonl
 
-from litft.engine.checkpoints import newest
+from litft.engine.checkpoint_files import newest
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,130 @@
+"""Checkpoints written while training goes on."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+
+from litft.engine.room import host_memory_left
+
+SPARE = 2  # a copy is taken where so many times its size is free
+
+
+class Left(Exception):
+    """A checkpoint was written by one process alone."""
+
+
+class Background(TorchCheckpointIO):
+    """Writes a checkpoint in a thread, from a copy of its tensors in the host's memory; one at a time.
+
+    Training waits for the copy only. Where memory is short there is none, and it waits for the disk. Nothing is raised
+    where a checkpoint can't be written, which other processes wouldn't know of: `wait` tells.
+    """
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: tuple[Path, Exception] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Begin to write; the one before is waited for.
+
+        Args:
+            checkpoint: of the Trainer.
+            path: of the file; its folder is made.
+            storage_options: `then`, what to call after the file is on the disk; `now`, to wait for that; `leave`, to
+                raise `Left` at the end.
+
+        Raises:
+            Left: asked for by `leave`: the way out of `Trainer.save_checkpoint` without meeting other processes.
+        """
+        options = storage_options or {}
+        then, path = options.get("then"), Path(path)
+        self._join()
+        if options.get("now") or host_memory_left() < SPARE * size_of(checkpoint):
+            self._try(checkpoint, path, then)
+        else:
+            copy = to_host(checkpoint)
+            self._thread = Thread(target=self._try, args=(copy, path, then), name="checkpoint")
+            self._thread.start()
+        if options.get("leave"):
+            raise Left
+
+    def wait(self) -> tuple[Path, Exception] | None:
+        """Return once nothing is being written; the file that the last one should have become, and why it didn't."""
+        self._join()
+        error, self._error = self._error, None
+        return error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _try(self, checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+        try:
+            _write(checkpoint, path, then)
+        except Exception as error:
+            self._error = path, error
+
+
+def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _File(io.FileIO(path, "w")) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError:
+                if file.error is None:
+                    raise
+                raise file.error from None
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)  # the room it took may be what the rest of the run lacks
+        raise
+    if then:
+        then()
+
+
+class _File(io.BufferedWriter):
+    """Keeps why it could not be written: torch says "unexpected pos" where the disk is full."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def to_host(value: Any, seen: dict[int, Tensor] | None = None) -> Any:
+    """A copy of nested containers with all tensors in the host's memory; tensors met twice stay one."""
+    seen = {} if seen is None else seen
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = value.detach().to("cpu", copy=True)
+        return seen[id(value)]
+    if isinstance(value, dict):
+        return {key: to_host(inner, seen) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_host(inner, seen) for inner in value)
+    return value
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0
