@@ -97,6 +97,7 @@ class ChatData(LightningDataModule):
         self.plan: Plan | None = None
         self._prepared_for: tuple[Any, ...] | None = None
         self._encoded_for: Any = None
+        self._content: dict[str, str] = {}  # hash of each file
 
     # ---- preparing: under Trainer by its hooks, under Fabric by one call
 
@@ -212,7 +213,15 @@ class ChatData(LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the plan: the rows, their order and their grouping into steps; not how steps are cut."""
+        """Identifies what was asked for: the files' content, what is chosen of it, and how it is grouped into steps."""
+        plan = self._planned()
+        chosen = (self.val_fraction, self.limit, self.overlong, self.train_on, self.bad_rows, self.allow_special_tokens)
+        files = [[self._content[source] for source in some] for some in (self.train_files, self.val_files.values())]
+        return tokens.cache_key(files, chosen, list(plan.weights), plan.seed, plan.tokens_per_step)
+
+    @property
+    def plan_fingerprint(self) -> str:
+        """Identifies what came of it: the rows' tokens, their order and their steps; not how steps are cut."""
         plan = self._planned()
         rows = [plan.lengths.tolist(), plan.trained.tolist(), plan.file_of_row.tolist(), list(plan.weights)]
         content = [store.digest for store in self.selection.stores]
@@ -342,6 +351,7 @@ class ChatData(LightningDataModule):
         path = Path(source).expanduser()
         local = path.exists()
         content = tokens.content_hash(str(path)) if local else hub.content(source, revision=self.revision)
+        self._content[source] = content
         template = encoder.tokenizer.chat_template or ""
         key = tokens.cache_key(
             content,

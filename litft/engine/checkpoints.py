@@ -310,6 +310,9 @@ def _between_steps(loop: dict[str, Any], step: int, epoch: int, index: int) -> N
         "current": _all(batches["current"], index),
         "is_last_batch": False,
     }
+    optimizer = loop["epoch_loop.manual_optimization.optim_step_progress"]
+    for part in ("total", "current"):
+        optimizer[part] = _all(optimizer[part], optimizer[part]["completed"])
     epochs = loop["epoch_progress"]
     for part in ("total", "current"):
         epochs[part] = _all(epochs[part], epoch) | {"ready": epoch + 1, "started": epoch + 1}

@@ -18,7 +18,7 @@ DIGITS = 12  # of a fingerprint, in what people read
 
 
 def of(method: Any, data: Any) -> dict[str, str]:
-    """Fingerprints of each of `PARTS`.
+    """Fingerprints of each of `PARTS`, and of the plan that comes of them.
 
     Args:
         method: built.
@@ -29,7 +29,8 @@ def of(method: Any, data: Any) -> dict[str, str]:
     tuner = method.tuner
     options = {name: getattr(tuner, name, None) for name in inspect.signature(type(tuner).__init__).parameters}
     return {
-        "data": data.fingerprint,
+        "data": data.fingerprint[:DIGITS],
+        "plan": data.plan_fingerprint[:DIGITS],
         "tokenizer": tokenizer_fingerprint(method.tokenizer, template=False)[:DIGITS],
         "template": _hash(method.tokenizer.chat_template),
         "model": fingerprint(method.source)[:DIGITS],
@@ -54,7 +55,14 @@ def check(then: Mapping[str, str], now: Mapping[str, str], step: int, allowed: C
     Raises:
         UserError: naming what differs, with both fingerprints.
     """
-    changed = [part for part in PARTS if then.get(part) != now[part] and part not in allowed]
+    differing = [part for part in PARTS if then.get(part) != now[part]]
+    if not differing and then.get("plan") != now["plan"] and "data" not in allowed:
+        raise UserError(
+            f"--resume: the same rows have come out as other tokens since step {step} "
+            f"({then.get('plan')} then, {now['plan']} now):\nanother version of litft or transformers encodes them\n"
+            "mend: go on with the versions in run.json, or all the same: --allow_changed data"
+        )
+    changed = [part for part in differing if part not in allowed]
     if not changed:
         return
     what = ", ".join(f"{part} ({then.get(part)} then, {now[part]} now)" for part in changed)

@@ -165,7 +165,7 @@ def test_print_config_prints_everything_and_runs(capsys: pytest.CaptureFixture[s
     assert whole["model"]["tuner"]["class_path"] == "litft.QLoRA"
     options = whole["model"]["tuner"]["init_args"]
     assert options["r"] == 8 and options["quant"] == "nf4" and options["alpha"] == 32
-    assert whole["checkpoint"]["keep_last"] == 1 and whole["seed_everything"] == 42
+    assert whole["checkpoint"]["keep_last"] == 2 and whole["seed_everything"] == 42
 
 
 def test_dry_run(finetune: Any, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,7 +344,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     other = write_jsonl(tmp_path / "b.jsonl", chat_rows(40, seed=9))
     for _ in range(2):
         assert main(["finetune", "lora", "--out", "a", "--resume", "--data", str(other)]) == 2
-        assert "other rows" in capsys.readouterr().err
+        assert "changed since step 3: data (" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before
     assert main(["finetune", "lora", "--out", "a", "--resume", "--trainer.max_steps", "4"]) == 0
     assert [int(r["step"]) for r in records("a")] == list(range(5))

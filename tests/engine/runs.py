@@ -19,6 +19,7 @@ from litft.engine.signals import Signals, Stopped
 
 CLOCK = {"tokens_per_s", "trained_tokens_per_s", "step_s", "data_s", "memory_gb"}
 """Columns of metrics.csv that differ from run to run."""
+DATA_KEYS = ("val", "val_fraction", "weights", "packing", "tokens_per_batch", "seed")
 
 
 class PowerCut(Exception):
@@ -33,21 +34,45 @@ def cut_power(trainer: Any) -> None:
 
 
 class Trace(Callback):
-    """Notes each step's rows and learning rate; ends the run after a step, by a signal or as a power cut does."""
+    """Notes each step's rows and learning rate; ends the run at a step, in one of several ways.
+
+    Args:
+        stop_at: the optimizer step that is the last one done.
+        how: `signal`, `ctrl-c` or `power cut` after it; `signal within` it, between two micro-batches; `error within`
+            the step after it, between two micro-batches; `error in validation` after it.
+    """
 
     def __init__(self, stop_at: int | None = None, how: str = "signal") -> None:
         self.stop_at, self.how = stop_at, how
         self.rows: dict[int, list[int]] = {}
         self.lrs: dict[int, float] = {}
         self.trainable: int = 0
+        self._forwards = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.rows[trainer.global_step] = batch["rows"]
         self.lrs[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
         self.trainable = sum(p.numel() for p in pl_module.trainable_parameters())
+        if self.stop_at is not None and self.how.endswith(" within"):
+            step = self.stop_at - (self.how == "signal within")
+            self._forwards = 0
+            if trainer.global_step == step:
+                assert len(batch["micro_batches"]) > 1
+                pl_module.net.register_forward_pre_hook(self._within)
+
+    def _within(self, *_: Any) -> None:
+        self._forwards += 1
+        if self._forwards == 2:
+            if self.how == "error within":
+                raise PowerCut
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.how == "error in validation" and trainer.global_step == self.stop_at:
+            raise PowerCut
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.stop_at:
+        if trainer.global_step == self.stop_at and self.how in ("signal", "ctrl-c", "power cut"):
             if self.how == "power cut":
                 cut_power(trainer)
             signal.raise_signal(signal.SIGINT if self.how == "ctrl-c" else signal.SIGTERM)
@@ -76,6 +101,7 @@ def start(
     val_every: int | None = 3,
     patience: int | None = None,
     checkpoints: dict[str, Any] | None = None,
+    allow_changed: tuple[str, ...] = (),
     samples: int = 0,
     method: type = SFT,
     callbacks: tuple[Callback, ...] = (),
@@ -89,7 +115,11 @@ def start(
     """
     seed_everything(42, verbose=False)
     trace = Trace(stop_at, how)
-    data_keys = {k: options.pop(k) for k in ("val", "val_fraction", "weights", "packing") if k in options}
+    data_keys = {
+        k: options.pop(k)
+        for k in ("val", "val_fraction", "weights", "packing", "tokens_per_batch", "seed")
+        if k in options
+    }
     chats = ChatData(
         [str(f) for f in data] if isinstance(data, list) else str(data),
         tokens_per_step=tokens_per_step,
@@ -120,6 +150,7 @@ def start(
                 patience=patience,
                 log_every_n_steps=1,
                 signals=signals,
+                allow_changed=allow_changed,
             )
         except (Stopped, PowerCut) as stop:
             assert stop_at is not None, stop

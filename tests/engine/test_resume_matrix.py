@@ -1,0 +1,103 @@
+"""Every tuner, interrupted in every way, with and without packing and workers: bitwise the straight run.
+
+All of it with dropout in the model and the adapters, several micro-batches a step, and validation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Trace, assert_same_run, start
+from tiny import chat_rows, save_tiny, write_jsonl
+
+TUNERS: dict[str, dict[str, Any]] = {
+    "lora": {"tuner": "lora"},
+    "qlora": {"tuner": "qlora"},
+    "full": {"tuner": "full"},
+    "full, 8-bit moments": {"tuner": "full", "optimizer": "adamw_8bit"},
+}
+WAYS: dict[str, list[tuple[int, str]]] = {
+    "between steps": [(3, "signal")],
+    "within a step": [(4, "signal within")],
+    "error within a step": [(4, "error within")],
+    "error in validation": [(4, "error in validation")],
+    "twice": [(2, "signal"), (5, "signal within")],
+    "twice in one step": [(3, "signal"), (4, "signal")],
+    "power cut": [(5, "power cut")],
+    "power cut, then an error": [(4, "power cut"), (5, "error within")],
+}
+PACKING, WORKERS = (True, False), (0, 2)
+MATRIX = list(itertools.product(TUNERS, WAYS, PACKING, WORKERS))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(40))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    return save_tiny(folder, "gpt2", embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, model: Path, chats: Path) -> Any:
+    """The run that was never interrupted, of a tuner and a packing: folder and trace; made once."""
+    made: dict[tuple[str, bool], tuple[Path, Trace]] = {}
+
+    def get(tuner: str, packing: bool) -> tuple[Path, Trace]:
+        if (tuner, packing) not in made:
+            folder = tmp_path_factory.mktemp("straight")
+            trace, *_ = start(folder, model, chats, packing=packing, **OPTIONS, **TUNERS[tuner])
+            made[tuner, packing] = folder, trace
+        return made[tuner, packing]
+
+    return get
+
+
+OPTIONS: dict[str, Any] = {
+    "steps": 7,
+    "tokens_per_step": 400,
+    "tokens_per_batch": 200,
+    "val_every": 2,
+    "checkpoints": {"every_steps": 2},
+    "samples": 1,
+}
+
+
+def slow_but_some(case: tuple[str, str, bool, int]) -> Any:
+    """One in eight runs in plain pytest: every way twice, every tuner with each packing and number of workers."""
+    tuner, way, packing, workers = case
+    row, column = list(TUNERS).index(tuner), list(WAYS).index(way)
+    corner = PACKING.index(packing) * 2 + WORKERS.index(workers)
+    chosen = (row + column) % 2 == 0 and corner == (row + column // 2) % 4
+    return pytest.param(*case, id="-".join(map(str, case)), marks=() if chosen else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("tuner", "way", "packing", "workers"), map(slow_but_some, MATRIX))
+def test_f1_interrupted_is_straight(
+    tuner: str, way: str, packing: bool, workers: int, straight: Any, tmp_path: Path, model: Path, chats: Path
+) -> None:
+    folder, whole = straight(tuner, packing)
+    options = OPTIONS | TUNERS[tuner] | {"packing": packing, "workers": workers}
+    rows: dict[int, list[int]] = {}
+    rates: dict[int, float] = {}
+    for piece, (stop, how) in enumerate([*WAYS[way], (None, "signal")]):
+        trace, outcome, _ = start(tmp_path, model, chats, stop_at=stop, how=how, resume=piece > 0, **options)
+        assert (outcome is None) == (stop is not None)
+        rows |= trace.rows
+        rates |= trace.lrs
+    assert rows == whole.rows and rates == whole.lrs
+    assert_same_run(folder, tmp_path)
+
+
+def test_the_matrix_has_teeth(tmp_path: Path, straight: Any, model: Path, chats: Path) -> None:
+    """Another seed, of which everything random follows, is another run."""
+    folder, _ = straight("lora", True)
+    start(tmp_path, model, chats, seed=1, **OPTIONS, **TUNERS["lora"])
+    with pytest.raises(AssertionError):
+        assert_same_run(folder, tmp_path)
