@@ -18,7 +18,16 @@ from typing import Any
 
 from litft.data import hub, jsontext
 from litft.data.jsontext import array_elements, nearest, not_utf8, parse_json, snippet
-from litft.data.opening import BROKEN_ARCHIVE, Progress, open_bytes
+from litft.data.opening import (
+    BROKEN_ARCHIVE,
+    FREE,
+    RATIO,
+    Bomb,
+    Progress,
+    open_bytes,
+    refuse_other_kinds,
+    refuse_special,
+)
 from litft.errors import DataError, UserError
 
 
@@ -147,11 +156,13 @@ def _of_files(files: list[str], progress: Progress | None) -> Iterator[Row]:
     for file in files:
         last = 0
         try:
+            refuse_special(file)
             for row in _READERS[_suffix(file) or ""](file, progress):
                 last = row.line
                 yield row
         except BROKEN_ARCHIVE as exc:
             mend = "the archive is cut off or damaged: fetch or write it again"
+            mend = "if it is meant so, save its rows as plain JSONL" if isinstance(exc, Bomb) else mend
             raise DataError(f"cannot be unpacked after row {last}: {_first_line(exc)}", file=file, mend=mend) from None
         except OSError as exc:
             raise UserError(f"--data {file}: cannot be read: {exc.strerror or _first_line(exc)}") from None
@@ -293,16 +304,23 @@ def _read_parquet(file: str, progress: Progress | None) -> Iterator[Row]:
     size, number = os.path.getsize(file), 0
     if not size:
         return
+    with open(file, "rb") as handle:
+        refuse_other_kinds(file, handle.read(512))
     try:
         with pq.ParquetFile(file, memory_map=True) as table:
-            for batch in table.iter_batches(batch_size=64):
+            groups = map(table.metadata.row_group, range(table.num_row_groups))
+            if sum(group.total_byte_size for group in groups) > FREE + RATIO * size:
+                raise Bomb
+            for batch in table.iter_batches(batch_size=16):  # few: one cell may be as large as the file
                 for value in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield Row(file, number, without_filled_nulls(value))
                 if progress:
                     rows = table.metadata.num_rows
                     progress(size * number // rows - size * (number - len(batch)) // rows)
-    except (pa.ArrowException, KeyError, ValueError) as exc:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as exc:
+        if isinstance(exc, OSError) and exc.errno:
+            raise
         what = f"cannot be read as Parquet after row {number}: {_first_line(exc)}"
         raise DataError(what, file=file, mend="fetch or write the file again") from None
 

@@ -28,16 +28,16 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     return by_lower[close[0]] if close else None
 
 
-def snippet(text: str, at: int = 0) -> str:
-    """At most 80 printable characters of `text` around position `at`; what cannot be seen is shown as a JSON escape."""
-    start = max(0, min(at - _SNIPPET // 2, len(text) - _SNIPPET))
+def snippet(text: str, at: int = 0, size: int = _SNIPPET) -> str:
+    """At most `size` printable characters of `text` around `at`; what cannot be seen is shown as a JSON escape."""
+    start = max(0, min(at - size // 2, len(text) - size))
     shown = "..." if start else ""
     for position in range(start, len(text)):
         char = text[position]
         # `isprintable` is False for control, zero-width and bidirectional characters and for lone surrogates.
         char = char if char.isprintable() else json.dumps(char)[1:-1]
         rest = 0 if position == len(text) - 1 else len("...")
-        if len(shown) + len(char) + rest > _SNIPPET:
+        if len(shown) + len(char) + rest > size:
             return shown + "..."
         shown += char
     return shown

@@ -10,10 +10,11 @@ end-of-turn token; whatever cannot be found this way raises `MaskError`, never a
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from litft.data.conversation import Message
 from litft.errors import UserError
@@ -24,8 +25,8 @@ Render = Callable[..., str]
 Span = tuple[int, int]
 """Half-open range of characters."""
 
-_OPEN, _CLOSE = "\U0010fdd0", "\U0010fdd1"
-_MARK = re.compile(f"{_OPEN}(\\d+)([a-zA-Z]){_CLOSE}")  # some templates write text in capitals
+MARK_OPEN, MARK_CLOSE = "\U0010fdd0", "\U0010fdd1"
+_MARK = re.compile(f"{MARK_OPEN}(\\d+)([a-zA-Z]){MARK_CLOSE}")  # some templates write text in capitals
 _RESERVED = re.compile("[\U0010fdd0\U0010fdd1\U0010fde0\U0010fde1]")
 _TAGS = re.compile(r"(?:\s*<[^<>]*>)?(.*?)(?:<[^<>]*>\s*)?", re.DOTALL)
 
@@ -157,7 +158,7 @@ def _wrap(text: str, message: int, kinds: str, inner: bool = False) -> tuple[str
     end = begin + len(core)
     if inner and (tags := _TAGS.fullmatch(text)):
         begin, end = tags.span(1)
-    opening, closing = (f"{_OPEN}{message}{kind}{_CLOSE}" for kind in kinds)
+    opening, closing = (f"{MARK_OPEN}{message}{kind}{MARK_CLOSE}" for kind in kinds)
     return text[:begin] + opening + text[begin:end] + closing + text[end:], (text[:begin], text[end:])
 
 
@@ -279,11 +280,12 @@ def within(answers: Sequence[Answer], native: Sequence[Span]) -> list[Span]:
     return [(begin, end) for begin, end in spans if begin < end]
 
 
-def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+def covered(offsets: np.ndarray, spans: Sequence[Span]) -> list[bool]:
     """Which tokens (by their character ranges, in order) hold a character of one of the spans."""
-    trained = [False] * len(offsets)
-    begins, ends = zip(*offsets, strict=True) if offsets else ((), ())
-    for begin, end in spans:
-        first, stop = bisect_right(ends, begin), bisect_left(begins, end)
-        trained[first:stop] = [True] * (stop - first)
-    return trained
+    begins, ends = offsets.T
+    trained = np.zeros(len(offsets), bool)
+    firsts = np.searchsorted(ends, [begin for begin, _ in spans], side="right")
+    stops = np.searchsorted(begins, [end for _, end in spans], side="left")
+    for first, stop in zip(firsts, stops, strict=True):
+        trained[first:stop] = True
+    return trained.tolist()

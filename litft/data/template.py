@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litft.data import complete, masks
 from litft.data.conversation import Conversation, Message
+from litft.data.generation import marked_spans, marking
 from litft.data.jsontext import snippet
 from litft.data.masks import Layout, MaskError, Scaffold, Span
 from litft.data.scaffold import Form, find_form, learn
-from litft.data.special import ChatTokenizer
+from litft.data.special import ChatTokenizer, tokenize
 from litft.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ _WAYS_OUT = (
 )
 _PATIENCE = 60  # seconds for one conversation
 _ASSISTANT: Message = {"role": "assistant"}
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(slots=True)
@@ -67,11 +67,11 @@ class Encoded:
 
 @dataclass(slots=True, frozen=True)
 class _Learned:
-    """What an encoder knows of a template; `marked`: it says itself, with {% generation %}, what the model produces."""
+    """What an encoder knows of a template; `marking`: one that shows what it says itself the model produces, or ""."""
 
     form: Form
     scaffold: Scaffold
-    marked: bool
+    marking: str
 
 
 class ChatEncoder:
@@ -169,7 +169,7 @@ class ChatEncoder:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _encode_text(self, text: str) -> Encoded:
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        ids = list(tokenize(self.tokenizer, text)["input_ids"])
         if not ids:
             raise MaskError("the text is empty")
         eos = self.tokenizer.eos_token_id
@@ -204,8 +204,9 @@ class ChatEncoder:
             for answer in kept:
                 complete.check_said(layout, answer, messages[answer.message])
             spans = [(answer.begin, answer.end) for answer in kept]
-            if self._learn(tools).marked:
-                spans = masks.within(kept, self._native_spans(messages, tools))
+            if template := self._learn(tools).marking:
+                marked = self._render(messages, tools, chat_template=template)
+                spans = masks.within(kept, marked_spans(marked, text))
             trained = masks.covered(offsets, spans)
         if not any(trained):
             raise MaskError("no token of this row would be trained", "see data.train_on and the messages' train flags")
@@ -264,18 +265,6 @@ class ChatEncoder:
                     "remove the token's text, or use data.allow_special_tokens: true",
                 )
 
-    def _native_spans(self, messages: Sequence[Message], tools: list | None) -> list[Span]:
-        """The character ranges that the template puts between {% generation %} and {% endgeneration %}."""
-        encoding: Any = self.tokenizer.apply_chat_template(
-            self._learn(tools).form(messages),
-            tools=tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        marked = zip(encoding["assistant_masks"], encoding["offset_mapping"], strict=True)
-        return [tuple(offsets) for inside, offsets in marked if inside]
-
     def _learn(self, tools: list | None) -> _Learned:
         """What there is to know of the template; tokenizers may have another template for conversations with tools."""
         if not self.tokenizer.chat_template:
@@ -288,20 +277,16 @@ class ChatEncoder:
 
             form = find_form(render)
             learned = learn(functools.partial(render, form=form), self._tokens.special_tokens)
-            marked = bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
-            self._learned[own] = _Learned(form, learned, marked)
+            template = marking(self.tokenizer.get_chat_template(tools=tools))
+            self._learned[own] = _Learned(form, learned, template)
         return self._learned[own]
 
-    def _render(self, messages: Sequence[Message], tools: list | None, *, prompt: bool = False) -> str:
-        return self._apply(messages, tools, prompt=prompt, form=self._learn(tools).form)
+    def _render(self, messages: Sequence[Message], tools: list | None, **options: Any) -> str:
+        return self._apply(messages, tools, form=self._learn(tools).form, **options)
 
     def _check_time(self, messages: Sequence[Message], tools: list | None) -> None:
         """Refuse a very long conversation where the template's time grows with the square of its length."""
         count, before = len(messages), 0.0
-        if count > 200 * _MANY and self._learn(tools).marked:  # transformers joins the text anew at every mark
-            raise MaskError(
-                f"{count} messages are too many for a chat template with {{% generation %}}", "split the row"
-            )
         part = 2 * _MANY
         while part < count:
             begin = time.perf_counter()
@@ -327,7 +312,8 @@ class ChatEncoder:
                 form(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
             )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise MaskError(f"the chat template refuses this conversation: {error}") from error
+            said = snippet(str(error), size=200)
+            raise MaskError(f"the chat template refuses this conversation: {said}") from error
         return str(text)
 
 

@@ -262,8 +262,8 @@ def content_hash(source: str) -> str:
     """Hash of a data file's bytes and kind, or of every file of a folder with its name."""
     path = Path(source)
     digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in filter(Path.is_file, files):  # a pipe would be waited for; reading the rows refuses it
         digest.update((file.name if path.is_dir() else "".join(path.suffixes)).encode())
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
