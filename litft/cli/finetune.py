@@ -15,7 +15,7 @@ from litft.cli import arguments
 from litft.cli.keys import SWITCHES
 from litft.cli.readable import readable
 from litft.engine.signals import Signals, Stopped
-from litft.errors import UserError
+from litft.errors import Failed, UserError
 
 METHODS = ("full", "lora", "qlora")
 FOLDER = "LITFT_RUN_FOLDER"
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(cli: Any, tuner: str, signals: Signals) -> int:
-    from litft.engine.checkpoint_files import newest
+    from litft.engine.checkpoint_files import newest, step_of
     from litft.engine.console import plan_lines
     from litft.engine.identity import parse_allowed
     from litft.engine.memory import lacks_memory
@@ -114,12 +114,19 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
         if kept and isinstance(error, Stopped):
             raise Stopped(error.number, error.step, folder) from None
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        where = f"on {trainer.strategy.root_device}, after step {trainer.global_step}"
-        print(f"error: out of memory {where}\n{ways_out(cli.model)}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        kept = newest(folder / "checkpoints")
+        go_on = (
+            f"{step_of(kept)} steps are kept: litft finetune {tuner} --out {folder} --resume goes on" if kept else ""
+        )
+        if lacks_memory(error):
+            where = f"on {trainer.strategy.root_device}, after step {trainer.global_step}"
+            error = Failed(f"out of memory {where}\n{ways_out(cli.model)}")
+        if isinstance(error, Failed):
+            raise Failed("\n".join(filter(None, [str(error), go_on]))) from None
+        if go_on and not _follows():
+            print(go_on, file=sys.stderr)
+        raise
     if trainer.is_global_zero:
         print(report(outcome))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     except Failed as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -79,4 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> None:
     """What the installed script calls."""
+    for stream in (sys.stdout, sys.stderr):  # a row or a file's name may hold what the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

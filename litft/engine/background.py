@@ -76,6 +76,7 @@ class Background(TorchCheckpointIO):
 
 
 def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _File(io.FileIO(path, "w")) as file:
@@ -89,6 +90,8 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
             os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)  # the room it took may be what the rest of the run lacks
+        if made:
+            path.parent.rmdir()
         raise
     if then:
         then()

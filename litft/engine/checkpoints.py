@@ -208,7 +208,7 @@ class Checkpoints(Checkpoint):
             Failed: it could not be written.
         """
         if error := self._writer.wait():
-            raise Failed(f"{self._why(*error)}\nmend: make that place writable, then the same command with --resume")
+            raise Failed(f"{self._why(*error)}\nmend: make room there, then the same command with --resume")
 
     def _why(self, path: Path, error: Exception) -> str:
         assert self.folder is not None

@@ -324,7 +324,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv; a last line torn by a crash is left out."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if row.get("step", "").isdigit() and None not in row.values()]
+    return [row for row in rows if row.get("step", "").isdigit() and None not in row and None not in row.values()]
 
 
 def eta(seconds: float) -> str:

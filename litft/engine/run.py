@@ -20,9 +20,10 @@ from litft.engine.checkpoint_files import half_written, is_whole, newest_whole, 
 from litft.engine.checkpoints import Checkpoints
 from litft.engine.console import Console, plan_lines
 from litft.engine.metrics import MetricsCSV, StepMetrics, peak_memory_gb
+from litft.engine.peers import Watch, dead_worker, watch
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
-from litft.engine.signals import Signals
+from litft.engine.signals import Signals, Stopped
 from litft.engine.speed import Speed, speed_of
 from litft.errors import Failed, UserError
 from litft.methods.base import Method
@@ -106,6 +107,10 @@ class _Opening(Callback):
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self.begin, self.said = begin, False
+        self.peers: Watch | None = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.peers = self.peers or watch(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
@@ -180,8 +185,9 @@ def run(
 
     if checkpoint is None:  # there is nothing that a refusal could spoil, and a crash leaves a trace
         begin()
+    opening = _Opening(begin)
     added: list[Any] = [
-        _Opening(begin),
+        opening,
         metrics,
     ]  # after what takes time to look (samples), before the checkpoint that closes a step
     if patience is not None:
@@ -201,10 +207,18 @@ def run(
     except pickle.UnpicklingError:
         raise _more_than_data(checkpoint) from None
     except BaseException as error:
+        reason = dead_worker(error) or (opening.peers.of(error) if opening.peers else None)
+        ended = Failed(f"{reason} (after step {trainer.global_step})") if reason else error
         if record:
-            text = str(error).strip().partition("\n")[0]
-            record.finish(f"{type(error).__name__}: {text}", steps=trainer.global_step)
+            text = str(ended).strip().partition("\n")[0]
+            record.finish(f"{type(ended).__name__}: {text}", steps=trainer.global_step)
+        if opening.peers:
+            opening.peers.close(end=not isinstance(error, Stopped))
+        if reason:
+            raise ended from error
         raise
+    if opening.peers:
+        opening.peers.close()
     memory_gb = peak_memory_gb()  # before anything but training adds to it
     outcome = _finish(trainer, method, data, folder, checkpoints, metrics, patience)
     if trainer.is_global_zero:

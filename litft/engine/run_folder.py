@@ -107,7 +107,7 @@ class RunFile:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.path = folder / "run.json"
-        self.started = time.time()
+        self._began = time.monotonic()  # which no correction of the clock moves
         self.facts = {
             "command": ["litft", *sys.argv[1:]],
             "versions": versions(),
@@ -120,7 +120,7 @@ class RunFile:
 
     def finish(self, outcome: str, **facts: Any) -> None:
         """Say how the run ended."""
-        self.facts |= {"outcome": outcome, "seconds": round(time.time() - self.started, 1), **facts}
+        self.facts |= {"outcome": outcome, "seconds": round(time.monotonic() - self._began, 1), **facts}
         self.write()
 
     def write(self) -> None:

@@ -1,0 +1,215 @@
+"""Saving: in the background, one at a time, from a copy; what signals, errors, clocks and torn lines do to a run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from runs import PowerCut, assert_same, assert_same_run, last, metrics, start
+from tiny import chat_rows, write_jsonl
+
+from litft.engine import background
+from litft.engine.background import Background, size_of, to_host
+from litft.engine.checkpoint_files import FILE, complete, is_whole
+from litft.engine.signals import OBEYED, Stopped
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(36))
+
+
+class Slow:
+    """A disk that is slow until the run has made so many steps; watches how many write to it at a time."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, until: int) -> None:
+        self.until, self.step, self.now, self.most = until, 0, 0, 0
+        self.begun: list[int] = []
+        self.write = background._write
+        patch.setattr(background, "_write", self)
+
+    def __call__(self, checkpoint: dict[str, Any], path: Path, then: Any) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.begun.append(self.step)
+        patience = time.monotonic() + 20
+        while self.step < self.until and time.monotonic() < patience:
+            time.sleep(0.001)
+        self.write(checkpoint, path, then)
+        self.now -= 1
+
+    def watch(self) -> Callback:
+        slow = self
+
+        class Steps(Callback):
+            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                slow.step = trainer.global_step
+
+        return Steps()
+
+
+def test_training_goes_on_while_a_checkpoint_of_an_earlier_step_is_written(
+    tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"steps": 6, "val_every": 0, "checkpoints": {"every_steps": 2, "keep_last": 9}}
+    monkeypatch.setattr(background, "host_memory_left", lambda: 0)
+    start(tmp_path / "waited", tiny_llama, chats, **options)
+    monkeypatch.setattr(background, "host_memory_left", lambda: 1e12)
+    with monkeypatch.context() as patch:
+        slow = Slow(patch, until=4)
+        start(tmp_path / "a", tiny_llama, chats, callbacks=(slow.watch(),), **options)
+    assert slow.begun[0] == 2 and slow.most == 1  # begun after step 2, ended after step 4; never two at a time
+    for step in (2, 4, 6):
+        one, two = (
+            torch.load(tmp_path / f / "checkpoints" / f"step-{step:06d}" / FILE, weights_only=True)
+            for f in ("waited", "a")
+        )
+        for key in ("state_dict", "optimizer_states", "litft", "loops"):
+            assert_same(one[key], two[key], f"{step}: {key}")
+
+
+def test_a_copy_is_one_and_on_the_host() -> None:
+    shared = torch.arange(4.0)
+    given = {"a": shared, "b": [shared, (1, "x")], 3: {"c": shared.view(2, 2)[:1]}}
+    copy = to_host(given)
+    shared.zero_()
+    assert copy["a"] is copy["b"][0] and copy["a"].tolist() == [0, 1, 2, 3] and copy[3]["c"].tolist() == [[0, 1]]
+    assert copy["b"][1] == (1, "x") and size_of(given) == 4 * (4 + 4 + 2)
+
+
+def test_what_cannot_be_written_leaves_nothing_and_is_told_once(tmp_path: Path) -> None:
+    writer = Background()
+    writer.save_checkpoint({"a": threading.Lock()}, tmp_path / "half" / FILE)  # nothing that can be pickled
+    path, error = writer.wait() or (None, None)
+    assert path == tmp_path / "half" / FILE and isinstance(error, TypeError)
+    assert writer.wait() is None and not list(tmp_path.iterdir())
+    writer.save_checkpoint({"a": torch.ones(3)}, tmp_path / "half" / FILE)
+    assert writer.wait() is None and is_whole(tmp_path / "half" / FILE)
+
+
+# ---- signals
+
+
+def test_sigusr1_is_obeyed_like_sigterm(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    assert signal.SIGUSR1 in OBEYED
+
+    class Limit(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                signal.raise_signal(signal.SIGUSR1)
+
+    start(tmp_path / "a", tiny_llama, chats, steps=6)
+    _, outcome, _ = start(tmp_path / "b", tiny_llama, chats, steps=6, callbacks=(Limit(),), stop_at=99)
+    assert outcome is None and [p.name for p in complete(tmp_path / "b" / "checkpoints")] == ["step-000002"]
+    start(tmp_path / "b", tiny_llama, chats, steps=6, resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_keeps_the_steps_done(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    class Impatient(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                pl_module.net.register_forward_pre_hook(self.press)
+
+        def press(self, *_: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Stopped):
+                signal.raise_signal(signal.SIGINT)
+            raise Stopped(signal.SIGINT)
+
+    start(tmp_path / "a", tiny_llama, chats, steps=6)
+    start(tmp_path / "b", tiny_llama, chats, steps=6, callbacks=(Impatient(),), stop_at=99)
+    assert [p.name for p in complete(tmp_path / "b" / "checkpoints")][-1] == "step-000003"
+    start(tmp_path / "b", tiny_llama, chats, steps=6, resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_error_in_mid_update_saves_nothing(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    """Some weights have moved: that is no state of the run; the checkpoint before is."""
+
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.optimizers[0].register_step_post_hook(self.fails)
+
+        def fails(self, *_: Any) -> None:
+            raise PowerCut
+
+    start(tmp_path / "a", tiny_llama, chats, steps=6)
+    options: dict[str, Any] = {"steps": 6, "checkpoints": {"every_steps": 3}}
+    start(tmp_path / "b", tiny_llama, chats, callbacks=(Breaks(),), stop_at=99, **options)
+    assert [p.name for p in complete(tmp_path / "b" / "checkpoints")] == ["step-000003"]
+
+
+# ---- clocks and lines
+
+
+def test_jumps_of_the_clock_change_nothing(
+    tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day back, then ten years on: no checkpoint is made for it, and no duration is wrong."""
+    start(tmp_path / "a", tiny_llama, chats, steps=6, val_every=0)
+    now, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + shift[0])
+
+    class Jumps(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            shift[0] = {1: -86400.0, 3: 3.2e8, 4: -1e9}.get(trainer.global_step, shift[0])
+
+    start(tmp_path / "b", tiny_llama, chats, steps=6, val_every=0, callbacks=(Jumps(),))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert [p.name for p in complete(tmp_path / "b" / "checkpoints")] == ["step-000006"]
+    assert 0 < json.loads((tmp_path / "b" / "run.json").read_text())["seconds"] < 600
+
+
+@pytest.mark.parametrize("torn", ["5,0.41", "5", '5,0.4,"', "\x00\x00\x00", "4,0.1,1,2,3,4,5,6,7,8,9,10,11,12,13,14"])
+def test_a_torn_line_of_metrics_is_mended(torn: str, tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    start(tmp_path / "a", tiny_llama, chats, steps=6)
+    start(tmp_path / "b", tiny_llama, chats, steps=6, stop_at=4)
+    with open(tmp_path / "b" / "metrics.csv", "a") as file:
+        file.write(torn)
+    start(tmp_path / "b", tiny_llama, chats, steps=6, resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert [int(row["step"]) for row in metrics(tmp_path / "b")] == list(range(7))
+
+
+def test_a_kill_while_metrics_are_opened_again_costs_no_row(
+    tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from litft.engine.metrics import MetricsCSV
+
+    start(tmp_path / "a", tiny_llama, chats, steps=4)
+    before = (tmp_path / "a" / "metrics.csv").read_text()
+
+    def killed(self: Any, rows: Any) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsCSV, "_write", killed)
+        with pytest.raises(PowerCut):
+            MetricsCSV(tmp_path / "a", resume_step=3).log_metrics({"step": 4})
+    assert (tmp_path / "a" / "metrics.csv").read_text() == before
+
+
+def test_too_many_bad_steps_leave_a_checkpoint_and_name_rows(
+    tmp_path: Path, tiny_llama: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from litft.engine.metrics import BadLoss
+
+    class Bad(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step >= 2:
+                batch["micro_batches"][0]["denominator"] *= float("nan")
+
+    with pytest.raises(BadLoss, match=r"(?s)step 5: .*its rows: .*chats.jsonl:\d+.*max_bad_steps 2"):
+        start(tmp_path / "a", tiny_llama, chats, steps=9, val_every=0, max_bad_steps=2, callbacks=(Bad(),))
+    state = last(tmp_path / "a")
+    assert state["global_step"] == 5 and all(torch.isfinite(t).all() for t in state["state_dict"].values())
+    assert capsys.readouterr().err.count("step skipped") == 2
