@@ -221,9 +221,12 @@ def _read_jsonl(file: str, progress: Progress | None) -> Iterator[Row]:
 
 def _read_json(file: str, progress: Progress | None) -> Iterator[Row]:
     with open_bytes(file, progress) as handle:
-        line = 1
-        while (first := handle.peek(1)[:1]).isspace():
-            line += handle.read(1) == b"\n"
+        line, first = 1, b""
+        while not first and (ahead := handle.peek()):
+            first = ahead.lstrip()[:1]
+            blanks = ahead[: ahead.find(first)] if first else ahead
+            line += blanks.count(b"\n")
+            handle.read(len(blanks))
         if first == b"[":
             handle.read(1)
             number = 0

@@ -118,14 +118,14 @@ def test_b2_marks_decide_what_of_an_answer_is_trained() -> None:
 
 def test_b2_marks_keep_names_and_blanks_as_they_were() -> None:
     """However the tag treats the blanks around it, and where it stands in a macro: text and mask stay the library's."""
-    header = "<|im_start|>{{ m.role }}\n"
+    header, prompt = "<|im_start|>{{ m.role }}\n", "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     for opening, closing in (("{% ", " %}"), ("{%- ", " -%}"), ("{%-", "-%}"), ("{%+ ", " +%}"), ("{% ", " -%}")):
         begin, end = opening + "generation" + closing, opening + "endgeneration" + closing
         for template in (
-            f"\n  {{% for m in messages %}}{header}  {begin}\n  {{% set x = m.content %}}{{{{ x }}}}<|im_end|>\n  {end}\n "
-            "{{ x }}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            f"\n\n{{% macro said(m) %}}{begin}{{{{ m.content }}}}<|im_end|>{end}{{% endmacro %}}\n{{% for m in messages %}}"
-            f"{header}{{{{ said(m) }}}}\n{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}",
+            "\n  {% for m in messages %}" + header + f"  {begin}\n  {{% set x = m.content %}}{{{{ x }}}}<|im_end|>\n"
+            f"  {end}\n {{{{ x }}}}\n{{% endfor %}}" + prompt,
+            f"\n\n{{% macro said(m) %}}{begin}{{{{ m.content }}}}<|im_end|>{end}{{% endmacro %}}\n"
+            "{% for m in messages %}" + header + "{{ said(m) }}\n{% endfor %}" + prompt,
         ):
             tok = tokenizer()
             tok.chat_template = template
