@@ -155,7 +155,7 @@ TABLE: list[tuple[str, str, bytes | Make, str]] = [
     ("other text", "list.jsonl", b"---\n- text: a\n", r"F:1: broken JSON at column 1: "),
     ("other text", "notes.jsonl", b"# my rows\n" + GOOD, r"F:1: broken JSON at column 1: "),
     ("other text", "table.jsonl", b"prompt,completion\na,b\n", r"F:1: broken JSON at column 1: "),
-    ("other text", "lfs.jsonl", LFS, r"--data F: this is a Git LFS pointer, not the data; fetch that with git lfs pull$"),
+    ("other text", "lfs.jsonl", LFS, r"--data F: this is a Git LFS pointer, not the data; fetch that with git"),
     ("other text", "lfs.parquet", LFS, r"--data F: this is a Git LFS pointer, not the data; "),
     ("archive", "tar.jsonl", tar(), r"--data F: this is a tar archive, not text; save the rows in it as JSONL$"),
     ("archive", "tar.jsonl.gz", gzip.compress(tar()), r"--data F: in it is a tar archive, not text; save the rows in"),
