@@ -67,6 +67,7 @@ class Checkpoints(Checkpoint):
         self._validated = -1
         self._resumed = self._improved = False
         self._validates = False
+        self._identity: dict[str, str] | None = None
         self._groups: list[list[dict[str, Any]]] = []
 
     # ---- when
@@ -91,6 +92,7 @@ class Checkpoints(Checkpoint):
         """From here on there is something to lose: signals wait for the end of a step."""
         self._saved_at = time.monotonic()
         self._validates = trainer.enable_validation
+        self._identify(trainer, pl_module)
         if self._resumed:
             for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
                 for group, settings in zip(optimizer.param_groups, groups, strict=True):
@@ -222,7 +224,7 @@ class Checkpoints(Checkpoint):
         """Add what the run is made of, and put the loops' counters between two steps of the plan."""
         data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
         checkpoint["litft"] = {
-            "identity": identity.of(pl_module, data),
+            "identity": self._identify(trainer, pl_module),
             "schedule": identity.schedule_of(pl_module),
             "optimizer": getattr(pl_module, "optimizer_name", None),
             "owes_validation": self._owes_validation(trainer, pl_module),
@@ -237,8 +239,8 @@ class Checkpoints(Checkpoint):
         saved = checkpoint.get("litft")
         if saved is None:
             return
-        data, step = trainer.datamodule, int(checkpoint["global_step"])  # type: ignore[attr-defined]
-        identity.check(saved["identity"], identity.of(pl_module, data), step, self.allowed)
+        step = int(checkpoint["global_step"])
+        identity.check(saved["identity"], self._identify(trainer, pl_module), step, self.allowed)
         if saved["optimizer"] != (name := getattr(pl_module, "optimizer_name", None)):
             raise UserError(
                 f"the checkpoint holds the state of optimizer {saved['optimizer']}, not of {name}\n"
@@ -248,6 +250,12 @@ class Checkpoints(Checkpoint):
         if changes and trainer.is_global_zero:
             print(changes)
         self._resumed, self.owes_validation, self._saved_step = True, saved["owes_validation"], step
+
+    def _identify(self, trainer: Trainer, module: Any) -> dict[str, str]:
+        """What the run is made of; found out once."""
+        if self._identity is None:
+            self._identity = identity.of(module, trainer.datamodule)  # type: ignore[attr-defined]
+        return self._identity
 
     def _owes_validation(self, trainer: Trainer, module: Any) -> bool:
         """Whether Trainer validates after the step just done, and hasn't."""
