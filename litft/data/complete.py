@@ -68,7 +68,7 @@ def check_said(layout: Layout, answer: Answer, message: Message) -> None:
     thought, said = _inline_reasoning(message)
     if said.strip() or (thought and thought in layout.text[answer.begin : answer.close]):
         return
-    if not any(i == answer.message and kind in "rs" for _, i, kind in layout.marks):
+    if not any(i == answer.message and kind in "crs" for _, i, kind in layout.marks):  # c: all of the content is there
         raise MaskError(
             f"assistant message {answer.message + 1} is empty but for reasoning, which the chat template leaves out",
             "give it text, or give it train: false",

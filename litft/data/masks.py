@@ -205,6 +205,8 @@ def answers(
         if message["role"] != "assistant":
             if i in last:
                 at, before, rest = last[i], message["role"], layout.outside[i][1]
+            else:  # a message without text: its turn begins after `at`, but where it ends can't be told
+                before = rest = ""
             continue
         room = first.get(i, until[i])
         begin = at if joined else _beginning(text, at, room, before, rest, scaffold)

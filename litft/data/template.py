@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,12 +112,10 @@ class ChatEncoder:
             DataError: the template refuses the row or loses a part of it, its mask can't be established, or no token
                 would be trained.
         """
-        try:
+        with _said_of(conversation):
             if conversation.text is not None:
                 return self._encode_text(conversation.text)
             return self._encode_chat(conversation)
-        except MaskError as error:
-            raise _data_error(error, conversation) from error
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Token ids of the messages and the generation prompt, as the model gets them at inference.
@@ -126,7 +124,7 @@ class ChatEncoder:
             DataError: the template refuses the conversation.
         """
         messages, tools = conversation.messages, conversation.tools
-        try:
+        with _said_of(conversation):
             self._check_names(messages, tools)
             text = self._render(messages, tools, prompt=True)
             literal: list[Span] = []
@@ -134,8 +132,6 @@ class ChatEncoder:
                 layout = masks.lay_out(self._render, messages, tools, text, prompt=True)
                 literal = self._literal(layout, messages)
             return self._tokens(text, literal)[0]
-        except MaskError as error:
-            raise _data_error(error, conversation) from error
 
     @property
     def scaffold(self) -> Scaffold:
@@ -317,8 +313,16 @@ class ChatEncoder:
         return str(text)
 
 
-def _data_error(error: MaskError, conversation: Conversation) -> DataError:
-    return DataError(error.what, file=conversation.file or None, line=conversation.line or None, mend=error.mend)
+@contextlib.contextmanager
+def _said_of(conversation: Conversation) -> Iterator[None]:
+    """What goes wrong inside is an error of this row."""
+    file, line = conversation.file or None, conversation.line or None
+    try:
+        yield
+    except MaskError as error:
+        raise DataError(error.what, file=file, line=line, mend=error.mend) from error
+    except RecursionError:
+        raise DataError("nested too deeply", file=file, line=line, mend="flatten the row") from None
 
 
 def truncate(encoded: Encoded, max_length: int) -> Encoded:

@@ -49,6 +49,22 @@ def test_an_empty_text_of_a_user_is_kept(name: str, nothing: Any) -> None:
     assert "Ahoy!" in trained(encoded)
 
 
+INST = (  # an answer has no header that could be looked for
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("nothing", ["", " \n"])
+def test_the_turn_of_an_empty_text_is_not_trained(nothing: str) -> None:
+    for template, end in ((CHATML, "<|im_end|>"), (stock("llama3"), "<|eot_id|>"), (INST, "</s>")):
+        tok = tokenizer()
+        tok.chat_template = template
+        row = chat(user("Hi?"), assistant("One."), user(nothing), assistant("Two."), user(nothing), assistant("Three."))
+        space = " " if template == INST else ""
+        assert trained(ChatEncoder(tok)(row)) == "".join(f"{space}{text}.{end}" for text in ("One", "Two", "Three"))
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -85,6 +101,28 @@ def test_an_empty_answer_is_bad_unless_it_calls_or_reasons(nothing: Any) -> None
     for bad in ({"prompt": "a", "completion": said}, {"instruction": "a", "output": said}, {"text": said}):
         with pytest.raises(DataError, match=r"^f:3: the (completion|output|text) is empty; give it text"):
             to_conversation(bad, "f", 3)
+
+
+def test_an_answer_before_reasoning_inside_the_text_is_not_empty() -> None:
+    row = chat(user("Hi?"), assistant("One.<think></think>"))
+    assert trained(encoder("chatml")(row)) == "One.<think></think><|im_end|>"
+    with pytest.raises(DataError, match="empty but for reasoning, which the chat template leaves out"):
+        encoder("qwen3")(chat(user("Hi?"), row.messages[1], user("More?"), assistant("Two.")))
+
+
+def test_arguments_nested_beyond_reason_are_an_error() -> None:
+    for depth in (100, 900):
+        arguments: Any = "x"
+        for _ in range(depth):
+            arguments = {"k": arguments}
+        tok = tokenizer()
+        tok.chat_template = stock("deepseekv3")
+        row = chat(user("Go"), assistant("", tool_calls=[call("f", arguments)]))
+        if depth == 100:
+            assert '{"k": "x"}' in trained(ChatEncoder(tok)(row))
+            continue
+        with pytest.raises(DataError, match=r"^chats.jsonl:7: .*(too deeply|recursion)"):
+            ChatEncoder(tok)(row)
 
 
 @pytest.mark.parametrize("unseen", ["\u200b", "\u202e", "\ufeff", "\0"])
