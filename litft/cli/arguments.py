@@ -11,6 +11,7 @@ from typing import Any
 
 from litft.cli import keys
 from litft.cli.keys import OPEN, SWITCHES, TUNERS
+from litft.engine.secrets import HIDDEN
 from litft.errors import UserError
 
 SHORT = {"data": "data.train", "model": "model.path"}
@@ -48,13 +49,17 @@ def expand(argv: list[str], command_tuner: str | None) -> list[str]:
     flags = list(_flags(argv))
     configs = [name for flag, values in flags if flag == "config" for name in values]
     said = [entry for name in _with_saved(configs, flags) for entry in _said_in(name)]
+    if not configs:
+        _refuse_inherited(said, {key for key, _ in flags})
     said += [_said(key, values) for key, values in flags if key != "config"]
     _refuse_twice([key for key, _ in flags if key != "config"])
     tuner = _tuner(said, command_tuner)
     said = [_plain(entry) for entry in said if entry.key not in ("model.tuner", "model.tuner.class_path")]
     keys.check([(entry.key, entry.where) for entry in said], tuner)
     words = [f"--model.tuner={TUNERS.get(tuner, tuner)}"] if tuner else []
-    for entry in _last(said):
+    said = _last(said)
+    _refuse_hidden(said)
+    for entry in said:
         if entry.key in BARE:
             words += [f"--{entry.key}"] * bool(entry.value)
         else:
@@ -67,6 +72,27 @@ def _refuse_twice(flags: list[str]) -> None:
         if key in flags[:index]:
             more = f"; several values follow one flag: --{key} A B" if key in MANY else ""
             raise UserError(f"--{key} is said twice{more}")
+
+
+def _refuse_inherited(saved: list[Said], flags: set[str]) -> None:
+    """A model's own code runs because somebody says so now, never because a folder says that somebody did."""
+    for entry in saved:
+        if entry.key == "model.trust_remote_code" and entry.value != "false" and entry.key not in flags:
+            raise UserError(
+                f"{entry.where}: trust_remote_code is not taken over from the folder of a run\n"
+                "mend: --model.trust_remote_code true once more, if you still trust that model's code"
+            )
+
+
+def _refuse_hidden(said: list[Said]) -> None:
+    """A secret that was kept out of a file has to be said again, unless a later flag does."""
+    for at, entry in enumerate(said):
+        if HIDDEN in str(entry.value) and not any(later.key.startswith(f"{entry.key}.") for later in said[at:]):
+            raise UserError(
+                f"{entry.where}: holds {HIDDEN} where a secret was left out of the file\n"
+                "mend: write it there again; better, remove that key and set the environment variable that is read\n"
+                "in its place (WANDB_API_KEY, HF_TOKEN)"
+            )
 
 
 def _last(said: list[Said]) -> list[Said]:

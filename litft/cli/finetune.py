@@ -14,6 +14,7 @@ from typing import Any
 from litft.cli import arguments
 from litft.cli.keys import SWITCHES
 from litft.cli.readable import readable
+from litft.engine.secrets import hide_yaml
 from litft.engine.signals import Signals, Stopped
 from litft.errors import Failed, UserError
 
@@ -157,7 +158,8 @@ def _trainer(cli: Any) -> Any:
     from litft.engine.console import Bar
     from litft.engine.precision import default_precision
 
-    said, callbacks = cli.config.trainer, list(cli.config_init.trainer.callbacks or [])
+    said, callbacks = cli.config.trainer, cli.config_init.trainer.callbacks or []
+    callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
     bar = sys.stderr.isatty() if said.enable_progress_bar is None else said.enable_progress_bar
     if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(Bar())
@@ -188,7 +190,10 @@ def _devices() -> str:
 
 
 def _resolved(cli: Any, trainer: Any) -> str:
-    """The configuration with every default that this run's data and model have decided, as YAML that runs it again."""
+    """The configuration with every default that this run's data and model have decided, as YAML that runs it again.
+
+    Without secrets: those have to be said again.
+    """
     config = cli.config.clone()
     for key in (*SWITCHES, "config", "out", "allow_changed"):
         config.pop(key, None)
@@ -197,7 +202,7 @@ def _resolved(cli: Any, trainer: Any) -> str:
     config.model.lr = cli.model.lr
     config.data.tokens_per_step, config.data.tokens_per_batch = data.tokens_per_step, data.tokens_per_batch
     config.data.max_length = data.limit
-    return cli.parser.dump(config, skip_none=False)
+    return hide_yaml(cli.parser.dump(config, skip_none=False))
 
 
 HELP = """\

@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"litft {__version__}")
         return 0
+    from litft.engine.secrets import hide
     from litft.errors import Failed, UserError
 
     try:
@@ -57,13 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         if int(os.environ.get("LOCAL_RANK") or 0) == 0:  # what one process of a run says need not be said by all
-            print(f"error: {error}", file=sys.stderr)
+            print(hide(f"error: {error}"), file=sys.stderr)
         return 2
     except Failed as error:
         if debug:
             raise
         if int(os.environ.get("LOCAL_RANK") or 0) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(hide(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         text = str(error).strip().split("\n")[0][:300]
-        print(f"litft failed: {type(error).__name__}: {text}\n(--debug shows where)", file=sys.stderr)
+        print(hide(f"litft failed: {type(error).__name__}: {text}\n(--debug shows where)"), file=sys.stderr)
         return 1
 
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from litft.engine.secrets import hide
 from litft.errors import UserError
 
 LIBRARIES = ("litft", "torch", "lightning", "transformers", "jsonargparse", "safetensors", "bitsandbytes")
@@ -44,12 +45,28 @@ def claim(out: str | None, name: str, resume: bool) -> Path:
             raise UserError(f"--out {out}: already holds files; --resume goes on with that run, or name another folder")
         if resume and not ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
             raise UserError(f"--out {out}: nothing to resume there: no config.yaml and no checkpoints/")
+        if resume and (link := _leads_out(folder)):
+            raise UserError(
+                f"--out {out}: {link.name} is a link to {os.readlink(link)}; a run writes into its own folder only\n"
+                f"mend: remove {link}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
         return folder
-    except OSError as error:
-        raise UserError(f"--out {out or 'runs'}: cannot be written: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out or 'runs'}: cannot be written: {reason}") from None
+
+
+def _leads_out(folder: Path) -> Path | None:
+    """A link in a run folder that something else would be written through; `checkpoints` may lie on a larger disk."""
+    checkpoints = folder / "checkpoints"
+    for place in (folder, checkpoints):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.is_symlink() and path != checkpoints and not path.resolve().is_relative_to(place.resolve()):
+                return path
+    return None
 
 
 def _fresh(parent: Path, name: str) -> Path:
@@ -126,5 +143,6 @@ class RunFile:
     def write(self) -> None:
         """Write what is known."""
         beside = self.path.with_suffix(".json.partial")
-        beside.write_text(json.dumps(self.facts, indent=2, default=str) + "\n", encoding="utf-8")
+        facts = hide(json.loads(json.dumps(self.facts, default=str)))
+        beside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         beside.replace(self.path)
