@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not from typing: under `python -m litft` the current folder may still shadow it here
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -23,6 +23,8 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from litft.data.chat import ChatData as ChatData
     from litft.engine.checkpoints import Checkpoints as Checkpoints
     from litft.engine.metrics import StepMetrics as StepMetrics

@@ -34,6 +34,11 @@ def readable(message: str) -> str:
         return f"{flag}: needs a value for --{key}.{missing[1]}"
     if path := re.search(r"dot import path string: (\S+)", message):
         return f"{flag}: there is no class {path[1]}; give a class path such as lightning.pytorch.loggers.CSVLogger"
+    if bases := re.findall(r"does not correspond to a subclass of (\w+)", message):
+        wrong = re.search(r"Import path (\S+) does not", message)
+        kinds = list(dict.fromkeys(bases))
+        what = f"none of {', '.join(kinds)}" if kinds[1:] else f"no {kinds[0]}"
+        return f"--{key}: {wrong[1] if wrong else value} is {what}; give the class path of one"[:500]
     takes = _takes(message)
     if not takes:
         own = re.search(r"Errors:\s*\n\s*- (?!Expected)(.*?)(?=\n\s*- |\Z)", message, re.DOTALL)
@@ -51,7 +56,7 @@ def _takes(message: str) -> list[str]:
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
     names |= {"tuple with 2 elements": "two numbers"}
     takes: list[str] = []
-    for kind in re.findall(r"Expected an? (.+?)(?:\. Got value:.*|>*)$", message, re.MULTILINE):
+    for kind in re.findall(r"Expected an? (?!path but )(.+?)(?:\. Got value:.*|>*)$", message, re.MULTILINE):
         if literal := re.match(r"typing\.Literal\[(.*)\]", kind):
             takes += re.findall(r"'([^']+)'", literal[1]) or literal[1].split(", ")
         else:

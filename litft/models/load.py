@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     would be exported again.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it names a chat template as no file can be named.
     """
     from transformers import AutoTokenizer
 
@@ -54,6 +55,9 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
                 f"cannot read a tokenizer from {folder}:\n    {_first_line(error)}\n"
                 "it needs tokenizer.json and tokenizer_config.json (or the files of a sentencepiece tokenizer)"
             ) from error
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if odd := [name for name in templates if not re.fullmatch(r"\w[\w .-]*", name)]:  # each becomes a file of final/
+        raise UserError(f"the tokenizer in {folder} has a chat template named {odd[0]!r}\nmend: use letters and digits")
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()

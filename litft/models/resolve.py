@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 _SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_SHARD = re.compile(r"[^/\\\x00]+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEQUANTISED = "mxfp4"
 """The one quantised storage that is read: gpt-oss is published in no other, and `load_model` unpacks it."""
@@ -211,6 +213,11 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None
             f"{folder} brings its own Python code ({next(iter(own_code.values()))}), which would run on this machine\n"
             "read it; if you trust it, pass --model.trust_remote_code true"
         )
+    if not trust_remote_code and (kernel := next(_kernels(config), None)):
+        raise UserError(
+            f"{folder / 'config.json'} asks for code from the hub ({kernel}), which would run on this machine\n"
+            "take that key out of it, or read the code; if you trust it, pass --model.trust_remote_code true"
+        )
     from transformers import CONFIG_MAPPING, __version__
 
     if kind not in CONFIG_MAPPING:
@@ -232,11 +239,22 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None
         )
 
 
+def _kernels(config: Any) -> Iterator[str]:
+    """The repositories on the hub that a configuration wants attention or experts computed by."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("_implementation"):
+            names = value.values() if isinstance(value, dict) else [value]
+            yield from (name for name in names if isinstance(name, str) and "/" in name)
+        yield from _kernels(value)
+
+
 def _check_weights(folder: Path) -> None:
     """Refuse a folder without safetensors, or with a shard missing that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards: list[str] = sorted(set(map(str, read_json(index).get("weight_map", {}).values())))
+        if odd := [shard for shard in shards if not _SHARD.fullmatch(shard)]:
+            raise UserError(f"{index} names {odd[0]!r}, which is no safetensors file beside it\nfetch the model again")
         absent = [shard for shard in shards if not (folder / shard).is_file()]
         if absent:
             raise UserError(
