@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -80,6 +81,8 @@ class ChatData(LightningDataModule):
         super().__init__()
         self.train_files = [train] if isinstance(train, str) else list(train)
         self.val_files = named_files(val)
+        if odd := [name for name in self.val_files if not re.fullmatch(r"(?!\.*$)[^/\\\x00-\x1f]+", name)]:
+            raise UserError(f"--data.val: {odd[0]!r} is no name for a set of rows; mend: leave out slashes")
         self.val_fraction, self.weights = val_fraction, weights
         self.max_length, self.overlong = max_length, overlong
         self.packing, self.train_on, self.bad_rows = packing, train_on, bad_rows

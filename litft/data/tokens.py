@@ -12,7 +12,8 @@ import hashlib
 import json
 import shutil
 import signal
-import tempfile
+import sys
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -85,14 +86,40 @@ class TokenStore:
         return counts
 
 
+class Damaged(UserError):
+    """What lies in the cache is no store."""
+
+    def __init__(self, folder: Path, why: object) -> None:
+        reason = (str(why).splitlines() or ["?"])[0][:120]
+        super().__init__(f"the token cache {folder} is damaged ({reason}); mend: remove that folder")
+
+
 def open_store(folder: Path, file: str) -> TokenStore:
-    """Map a store that `encode_file` has written; `file` is where the same rows lie now, under whatever name."""
-    meta = json.loads((folder / "meta.json").read_text())
-    names = ("ids", "trained", "offsets", "lines", "prompts")
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r" if name in ("ids", "trained") else None) for name in names
-    }
-    return TokenStore(**arrays, **meta, file=file)
+    """Map a store that `encode_file` has written; `file` is where the same rows lie now, under whatever name.
+
+    Raises:
+        Damaged: it is cut short, say, or was tampered with; nothing that could run is unpickled.
+    """
+    kinds: dict[str, Any] = {"ids": np.int32, "trained": np.bool_, "offsets": np.int64, "lines": np.int64}
+    kinds["prompts"] = np.uint64
+    mapped = ("ids", "trained")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r" if name in mapped else None, allow_pickle=False)
+            for name in kinds
+        }
+        store = TokenStore(**arrays, **meta, file=file)
+        rows, count = len(store), len(store.ids)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise Damaged(folder, error) from None
+    sizes = {"ids": count, "trained": count, "offsets": rows + 1, "lines": rows, "prompts": rows}
+    for name, array in arrays.items():
+        if array.dtype != kinds[name] or array.shape != (sizes[name],):
+            raise Damaged(folder, f"{name}.npy is of another form")
+    if store.offsets[0] != 0 or store.offsets[-1] != count or (store.lengths < 0).any():
+        raise Damaged(folder, "its parts do not fit together")
+    return store
 
 
 def encode_file(
@@ -122,9 +149,14 @@ def encode_file(
         UserError: a worker process was killed.
     """
     if (folder / "meta.json").exists():
-        return open_store(folder, file)
+        try:
+            return open_store(folder, file)
+        except Damaged as error:
+            print(f"{str(error).partition(';')[0]}; encoding {file} anew", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    work = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    work.mkdir()
     try:
         _write(work, _results(rows(), encode, workers), skip_bad, progress)
         with contextlib.suppress(OSError):  # another process was first: its store is the same

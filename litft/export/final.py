@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from litft.errors import UserError
 from litft.export.weights import exported_config, full_state_dict, save_weights, stored_dtype, unwrap
+from litft.modes import follow_umask
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +177,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; name another --out") from error
     try:
         yield new
+        follow_umask(new)
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)

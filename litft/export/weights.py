@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litft.errors import UserError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -109,19 +111,25 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     """The floating-point dtype in which a model folder stores most of its weights; None where it has no safetensors.
 
     Read from the headers of the files: `dtype` in config.json is only what somebody once wrote there.
+
+    Raises:
+        UserError: a file is no safetensors file.
     """
     import math
     from collections import Counter
 
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
     elements: Counter[torch.dtype] = Counter()
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                entry = tensors.get_slice(name)
-                if entry.get_dtype() in known:
-                    elements[known[entry.get_dtype()]] += math.prod(entry.get_shape())
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    entry = tensors.get_slice(name)
+                    if entry.get_dtype() in known:
+                        elements[known[entry.get_dtype()]] += math.prod(entry.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: can't be read as safetensors: {error}\nfetch or copy the model again") from error
     return elements.most_common(1)[0][0] if elements else None

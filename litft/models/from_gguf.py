@@ -42,6 +42,7 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers import GenerationConfig, LlamaForCausalLM
 
     from litft.models.quiet import quiet
+    from litft.modes import follow_umask
 
     reader = GGUFReader(gguf)
     tokenizer, config = _tokenizer(reader), _config(reader)
@@ -56,6 +57,7 @@ def convert(gguf: Path, folder: Path) -> None:
         model.generation_config = GenerationConfig(**special)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    follow_umask(folder)
 
 
 def _read(reader: GGUFReader, name: str) -> Any:
