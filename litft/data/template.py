@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from litft.data import complete, masks
+from litft.data import bounds, complete, masks
 from litft.data.conversation import Conversation, Message
 from litft.data.generation import marked_spans, marking
 from litft.data.jsontext import snippet
@@ -44,7 +44,6 @@ _MANY = 100  # messages; where each needs a render of all before it, the cost is
 _WAYS_OUT = (
     "name one with data.chat_template (a Jinja file, or chatml), or take an instruct model, which brings its own"
 )
-_PATIENCE = 60  # seconds for one conversation
 _ASSISTANT: Message = {"role": "assistant"}
 
 
@@ -269,7 +268,11 @@ class ChatEncoder:
         if own not in self._learned:
 
             def render(messages: Sequence[Message], offered: list | None, **options: Any) -> str:
-                return self._apply(messages, offered or (tools if own else None), **options)
+                offered = offered or (tools if own else None)
+                try:
+                    return self._apply(messages, offered, patience=bounds.PATIENCE_LEARNING, **options)
+                except bounds.TooMuch as error:  # for good: what is tried next would take as long
+                    raise UserError(str(error)) from None
 
             form = find_form(render)
             learned = learn(functools.partial(render, form=form), self._tokens.special_tokens)
@@ -286,10 +289,14 @@ class ChatEncoder:
         part = 2 * _MANY
         while part < count:
             begin = time.perf_counter()
-            with contextlib.suppress(MaskError):  # a part may end where the template refuses it
+            try:
                 self._render(messages[:part], tools)
+            except bounds.TooMuch:
+                raise
+            except MaskError:  # a part may end where the template refuses it
+                pass
             seconds = time.perf_counter() - begin
-            if seconds > 1 and seconds > 3 * before > 0 and seconds * (count / part) ** 2 > _PATIENCE:
+            if seconds > 1 and seconds > 3 * before > 0 and seconds * (count / part) ** 2 > bounds.PATIENCE:
                 raise MaskError(
                     f"{count} messages are too many for the chat template: its time grows with their number squared",
                     "split the row",
@@ -301,15 +308,26 @@ class ChatEncoder:
         return self._render(messages[:i], tools, prompt=True) if 0 < i < _MANY else ""
 
     def _apply(
-        self, messages: Sequence[Message], tools: list | None, *, form: Form, prompt: bool = False, **variables: Any
+        self,
+        messages: Sequence[Message],
+        tools: list | None,
+        *,
+        form: Form,
+        prompt: bool = False,
+        patience: float | None = None,
+        **variables: Any,
     ) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                form(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
-            )
+            with bounds.bounded(patience or bounds.PATIENCE):
+                text = self.tokenizer.apply_chat_template(
+                    form(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
+                )
+        except bounds.TooMuch:
+            raise
         except Exception as error:  # a template is a program: it may fail in any way
             said = snippet(str(error), size=200)
             raise MaskError(f"the chat template refuses this conversation: {said}") from error
+        bounds.check_length(str(text), messages, tools)
         return str(text)
 
 
