@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from litft.data.masks import MaskError
+
+if sys.platform != "win32":
+    import resource
 
 PATIENCE = 60
 """Seconds of processor time for one conversation."""
@@ -37,8 +38,11 @@ class _Over(BaseException):
     """The time is over; no `Exception`, as Jinja drops those of what it computes ahead, and would compute it again."""
 
 
-@contextmanager
-def bounded(seconds: float) -> Iterator[None]:
+def _stop(*_: object) -> None:
+    raise _Over
+
+
+class Bounded:
     """End the block when it asks for too much; only in the main thread of Linux and macOS, its memory only on Linux.
 
     Args:
@@ -47,46 +51,44 @@ def bounded(seconds: float) -> Iterator[None]:
     Raises:
         TooMuch: the block takes longer, or more memory than `ROOM`.
     """
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def stop(*_: object) -> None:
-        raise _Over
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
-    handler = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        with _room():
-            yield
-    except _Over:
-        raise TooMuch(f"more than {seconds:g} s for one conversation") from None
-    except MemoryError:
-        raise TooMuch(f"more than {ROOM >> 30} GB for one conversation") from None
-    finally:
+    def __enter__(self) -> None:
+        self._works = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+        if not self._works:
+            return
+        self._limits = _take_room()
+        if signal.getsignal(signal.SIGVTALRM) is not _stop:
+            signal.signal(signal.SIGVTALRM, _stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._works:
+            return
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, handler)
+        if self._limits:
+            resource.setrlimit(resource.RLIMIT_AS, self._limits)
+        if kind is _Over:
+            raise TooMuch(f"more than {self.seconds:g} s for one conversation") from None
+        if kind is MemoryError:
+            raise TooMuch(f"more than {ROOM >> 30} GB for one conversation") from None
 
 
-@contextmanager
-def _room() -> Iterator[None]:
+def _take_room() -> tuple[int, int] | None:
+    """Let the process grow by no more than `ROOM`; returns the limits that there were."""
     global _measured
     if sys.platform != "linux":
-        yield
-        return
-    import resource
-
+        return None
     now = time.monotonic()
     if now - _measured[0] > _FRESH:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _measured = now, pages * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [_measured[1] + ROOM, soft, hard]
-    resource.setrlimit(resource.RLIMIT_AS, (min(n for n in limits if n != resource.RLIM_INFINITY), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    room = _measured[1] + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (room if soft == resource.RLIM_INFINITY else min(room, soft), hard))
+    return soft, hard
 
 
 def check_length(text: str, *conversation: Any) -> None:

@@ -318,7 +318,7 @@ class ChatEncoder:
         **variables: Any,
     ) -> str:
         try:
-            with bounds.bounded(patience or bounds.PATIENCE):
+            with bounds.Bounded(patience or bounds.PATIENCE):
                 text = self.tokenizer.apply_chat_template(
                     form(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
                 )
