@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
+from litft.engine import checkpoint_files as files
 from litft.engine.room import host_memory_left
 
 SPARE = 2  # a copy is taken where so many times its size is free
@@ -88,6 +90,9 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
                 raise file.error from None
             file.flush()
             os.fsync(file.fileno())
+        check = files.sum_of(path)
+        check.write_text(f"{file.digest.hexdigest()}  {path.name}\n")
+        files.to_disk(check)
     except BaseException:
         path.unlink(missing_ok=True)  # the room it took may be what the rest of the run lacks
         if made:
@@ -98,11 +103,16 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
 
 
 class _File(io.BufferedWriter):
-    """Keeps why it could not be written: torch says "unexpected pos" where the disk is full."""
+    """Makes the checksum on the way, and keeps why it could not write: torch says "unexpected pos" of a full disk."""
 
     error: OSError | None = None
 
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.digest = hashlib.sha256()
+
     def write(self, data: Any, /) -> int:
+        self.digest.update(data)
         try:
             return super().write(data)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, last, metrics, start
+from runs import assert_same, assert_same_run, last, metrics, resave, start
 from tiny import chat_rows, save_tiny, write_jsonl
 
 from litft import SFT
@@ -57,7 +58,7 @@ def test_d5_a_checkpoint_that_lacks_a_weight_is_refused(
     tensor = state["state_dict"].pop(name)
     if change == "renamed":
         state["state_dict"][name.replace("layers.0", "layers.9")] = tensor
-    torch.save(state, file)
+    resave(state, file)
     with pytest.raises(UserError, match=r"lora_|layers"):
         start(tmp_path / "a", tiny_llama, chats, steps=4, resume=True)
 
@@ -102,7 +103,7 @@ def test_j1_a_malicious_checkpoint_is_refused(how: str, tmp_path: Path, tiny_lla
         state["more"] = Canary(canary)
     else:
         state["hyper_parameters"] = {"_instantiator": "os.system", "path": f"touch {canary}"}
-    torch.save(state, file)
+    resave(state, file)
     files = {p: p.read_bytes() for p in (tmp_path / "a").glob("*.*") if p.is_file()}
     with pytest.raises(UserError, match=r"more than plain data|names code to run") as error:
         start(tmp_path / "a", tiny_llama, chats, steps=4, resume=True)
@@ -349,3 +350,22 @@ def test_h5_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_llama: Path, cha
     assert all(finite(torch.load(p / FILE, weights_only=True)) for p in complete(tmp_path / "a" / "checkpoints"))
     assert not (tmp_path / "a" / "final").exists()
     assert len(metrics(tmp_path / "a")) >= 3
+
+
+def test_f3_no_flipped_bit_is_trained_on(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    """A byte flipped anywhere is found, or lies where nothing is read from."""
+    start(tmp_path / "a", tiny_llama, chats, steps=2, val_every=0)
+    file = newest(tmp_path / "a" / "checkpoints")
+    assert file is not None
+    data, good = file.read_bytes(), torch.load(file, weights_only=True)
+    dice, found = random.Random(0), 0
+    places = [dice.randrange(len(data)) for _ in range(150)] + list(range(40)) + [len(data) - 1 - i for i in range(60)]
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << dice.randrange(8)
+        file.write_bytes(flipped)
+        if is_whole(file):
+            assert_same(torch.load(file, weights_only=True), good, f"byte {place}")
+        else:
+            found += 1
+    assert found > 100

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Trace, assert_same_run, last, metrics, start
+from runs import Trace, assert_same_run, last, metrics, resave, start
 from tiny import chat_rows, save_tiny, write_jsonl
 
 from litft.engine.checkpoint_files import newest
@@ -184,7 +184,7 @@ def test_max_time_is_a_commands_own(tmp_path: Path, tiny_llama: Path, chats: Pat
     assert file is not None
     state = torch.load(file, weights_only=True)
     state["callbacks"]["Timer"]["time_elapsed"]["train"] = 3600.0  # an hour used by the command before
-    torch.save(state, file)
+    resave(state, file)
     trace, outcome, _ = start(
         tmp_path / "a", tiny_llama, chats, steps=6, resume=True, trainer={"max_time": "00:00:10:00"}
     )

@@ -6,11 +6,16 @@ All of it with dropout in the model and the adapters, several micro-batches a st
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Trace, assert_same_run, start
+from runs import Trace, assert_same_run, last, start
 from tiny import chat_rows, save_tiny, write_jsonl
 
 TUNERS: dict[str, dict[str, Any]] = {
@@ -101,3 +106,37 @@ def test_the_matrix_has_teeth(tmp_path: Path, straight: Any, model: Path, chats:
     start(tmp_path, model, chats, seed=1, **OPTIONS, **TUNERS["lora"])
     with pytest.raises(AssertionError):
         assert_same_run(folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_f1_two_processes_interrupted_are_straight(tmp_path: Path, model: Path, chats: Path) -> None:
+    """A signal to the second of two gloo processes, within a step; gone on with by two, and by one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script, tests = Path(__file__).with_name("resume_in_two.py"), Path(__file__).parents[1]
+    words = [sys.executable, script, tmp_path, model, chats, json.dumps(TUNERS)]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (tests.parent, tests, tests / "engine")))
+    with open(tmp_path / "log", "w") as log:
+        pair = [
+            subprocess.Popen([str(w) for w in words], env=env | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
+            for rank in (0, 1)
+        ]
+        try:
+            codes = [process.wait(300) for process in pair]
+        finally:
+            for process in pair:
+                process.kill()
+    assert codes == [0, 0], (tmp_path / "log").read_text()[-3000:]
+    for tuner in TUNERS:
+        straight = tmp_path / tuner / "straight"
+        assert last(tmp_path / tuner / "stopped")["global_step"] == 3
+        assert_same_run(straight, tmp_path / tuner / "resumed")
+        options = {k: v for k, v in OPTIONS.items() if k in ("tokens_per_step", "tokens_per_batch")}
+        trace, *_ = start(
+            tmp_path / tuner / "stopped", model, chats, steps=6, val_every=2, resume=True, **options, **TUNERS[tuner]
+        )
+        assert sorted(trace.rows) == [3, 4, 5]  # the remaining steps; which rows are in a step never depends on ranks
+        alone, two = last(tmp_path / tuner / "stopped"), last(straight)
+        assert alone["global_step"] == two["global_step"] == 6
