@@ -144,7 +144,9 @@ def check_mask(encoded: Encoded, chat: Conversation, name: str, offsets: Any, en
         produced = "".join("1" if trained else "0" for part, trained in parts for _ in part)
         assert encoded.trained == ["1" in produced[begin:end] for begin, end in offsets]
     last = max(i for i, want in enumerate(wanted) if want)
-    prompt = oracle(encode, messages[:last], chat.tools, name, add_generation_prompt=True) if last else ""
+    if last == 0 or messages[last - 1]["role"] == "assistant":
+        return
+    prompt = oracle(encode, messages[:last], chat.tools, name, add_generation_prompt=True)
     if prompt and encoded.text.startswith(prompt):  # the answer begins where the prompt of a served model ends
         at = len(prompt)
         assert all(t for (b, e), t in zip(offsets, encoded.trained, strict=True) if b <= at < e)
