@@ -53,8 +53,8 @@ def read_rows(source: str, *, revision: str | None = None, progress: Progress | 
 
     A path that exists is read as such: .jsonl or .ndjson (one JSON value a line), .json (an array of rows, one row, or
     one row a line), .csv, each also .gz or .zst, and .parquet; or a folder of them, searched through in sorted order,
-    hidden files and other file types aside. Anything else of the form `org/name@revision:config:split[a:b]` is a data
-    set id (see `litft.data.hub`).
+    hidden files and other file types aside. Pipes and devices are refused, and what unpacks to over 200 times its size.
+    Anything else of the form `org/name@revision:config:split[a:b]` is a data set id (see `litft.data.hub`).
 
     CSV cells are strings, nothing else. Parquet files and data sets are tables, which fill keys that a row lacks with
     null; so keys with a null value are dropped inside `tools` and `tool_calls`, real ones too, which cannot be told

@@ -296,6 +296,15 @@ def test_a_file_that_may_not_be_read(kind: str) -> None:
             source.chmod(0o700)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path, tiny_llama: Path) -> None:
+    """Nor where no row is looked at before the file is hashed."""
+    from litft import SFT, ChatData
+
+    data = ChatData(str(made(tmp_path / "pipe.jsonl", os.mkfifo)), chat_template="chatml")
+    with pytest.raises(UserError, match=r"pipe\.jsonl: this is a pipe or a device, not a file"):
+        data.prepare(SFT(str(tiny_llama)), max_epochs=1)
+
+
 BOUNDED = """
 import resource, sys
 from litft.data.rows import check
