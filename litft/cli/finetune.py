@@ -201,7 +201,7 @@ def _resolved(cli: Any, trainer: Any) -> str:
     config.trainer.precision = trainer.precision
     config.model.lr = cli.model.lr
     config.data.tokens_per_step, config.data.tokens_per_batch = data.tokens_per_step, data.tokens_per_batch
-    config.data.max_length = data.limit
+    config.data.max_length, config.data.date = data.limit, data.date
     return hide_yaml(cli.parser.dump(config, skip_none=False))
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from datetime import date
+from datetime import date as Day
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from lightning import LightningDataModule
 from litft.data import hub, tokens
 from litft.data.batch import Batch
 from litft.data.conversation import Conversation
+from litft.data.dated import writes_date
 from litft.data.files import Row, named_files, read_rows
 from litft.data.layout import lay_out
 from litft.data.loader import MicroBatches, StepLoader, Steps, make_batch
@@ -50,6 +51,7 @@ class ChatData(LightningDataModule):
         train_on: which turns are trained: all of the assistant's, only the last one, or every token.
         bad_rows: a bad row is an error, or is skipped, counted and listed.
         chat_template: a Jinja file, or `chatml`, for a tokenizer that has no template or another one.
+        date: the day (YYYY-MM-DD) that chat templates take for today's; the one that the run began on by default.
         allow_special_tokens: text of users, tools and the system that spells a control token becomes that token.
         tokens_per_batch: budget of one micro-batch on one rank; 4096 by default, or the longest row.
         tokens_per_step: budget of one optimizer step over all ranks; 16384 by default, less where the epochs would
@@ -71,6 +73,7 @@ class ChatData(LightningDataModule):
         train_on: Literal["assistant", "last", "all"] = "assistant",
         bad_rows: Literal["error", "skip"] = "error",
         chat_template: str | None = None,
+        date: str | None = None,
         allow_special_tokens: bool = False,
         tokens_per_batch: int | None = None,
         tokens_per_step: int | None = None,
@@ -86,11 +89,13 @@ class ChatData(LightningDataModule):
         self.val_fraction, self.weights = val_fraction, weights
         self.max_length, self.overlong = max_length, overlong
         self.packing, self.train_on, self.bad_rows = packing, train_on, bad_rows
-        self.chat_template, self.allow_special_tokens = chat_template, allow_special_tokens
+        self.chat_template, self.allow_special_tokens, self.date = chat_template, allow_special_tokens, date
         self.tokens_per_batch, self.tokens_per_step = tokens_per_batch, tokens_per_step
         self.seed, self.num_workers, self.revision = seed, num_workers, revision
         if weights is not None and (len(weights) != len(self.train_files) or min(weights) < 0 or max(weights) == 0):
             raise UserError(f"--data.weights: {weights} for {len(self.train_files)} files; give one number >= 0 a file")
+        if date is not None and not _is_day(date):
+            raise UserError(f"--data.date {date}: is no day; write it as {Day.today().isoformat()}")
         limits = {"max_length": max_length, "tokens_per_batch": tokens_per_batch, "tokens_per_step": tokens_per_step}
         for name, value in limits.items():
             if value is not None and value < 1:
@@ -218,7 +223,8 @@ class ChatData(LightningDataModule):
     def fingerprint(self) -> str:
         """Identifies what was asked for: the files' content, what is chosen of it, and how it is grouped into steps."""
         plan = self._planned()
-        chosen = (self.val_fraction, self.limit, self.overlong, self.train_on, self.bad_rows, self.allow_special_tokens)
+        keys = ("date", "val_fraction", "limit", "overlong", "train_on", "bad_rows", "allow_special_tokens")
+        chosen = [getattr(self, key) for key in keys]
         files = [[self._content[source] for source in some] for some in (self.train_files, self.val_files.values())]
         return tokens.cache_key(files, chosen, list(plan.weights), plan.seed, plan.tokens_per_step)
 
@@ -333,7 +339,14 @@ class ChatData(LightningDataModule):
             if self.chat_template or any(map(self._is_chat, [*self.train_files, *self.val_files.values()])):
                 self._give_template(method)
             tokenizer = method.tokenizer
-            encoder = ChatEncoder(tokenizer, train_on=self.train_on, allow_special_tokens=self.allow_special_tokens)
+            if writes_date(tokenizer.chat_template):
+                self.date = self.date or Day.today().isoformat()
+            encoder = ChatEncoder(
+                tokenizer,
+                train_on=self.train_on,
+                allow_special_tokens=self.allow_special_tokens,
+                today=Day.fromisoformat(self.date) if self.date else None,
+            )
             train = [self._store(source, encoder) for source in self.train_files]
             self._encoded = train, {name: self._store(source, encoder) for name, source in self.val_files.items()}
         return self._encoded
@@ -355,12 +368,11 @@ class ChatData(LightningDataModule):
         local = path.exists()
         content = tokens.content_hash(str(path)) if local else hub.content(source, revision=self.revision)
         self._content[source] = content
-        template = encoder.tokenizer.chat_template or ""
         key = tokens.cache_key(
             content,
             encoder.fingerprint,
             self.bad_rows,
-            date.today().isoformat() if "strftime_now" in template else "",  # such a template writes today's date
+            self.date,
             tokens.code_hash(),
         )
         size = path.stat().st_size if local and path.is_file() else 0
@@ -378,6 +390,13 @@ class ChatData(LightningDataModule):
         if not len(store):
             raise UserError(f"{source}: no usable row ({store.bad} bad); mend: litft data check {source}")
         return store
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return bool(Day.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def _check_limits(trainer: Any) -> None:

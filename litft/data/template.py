@@ -17,11 +17,13 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from litft.data import bounds, complete, masks
 from litft.data.conversation import Conversation, Message
+from litft.data.dated import on_day
 from litft.data.generation import marked_spans, marking
 from litft.data.jsontext import snippet
 from litft.data.masks import Layout, MaskError, Scaffold, Span
@@ -81,6 +83,7 @@ class ChatEncoder:
         train_on: `assistant`: all assistant messages except those with `train: false`; `last`: the last assistant
             message, and those with `train: true`; `all`: every token except the texts with `train: false`.
         allow_special_tokens: let text of system, user and tool messages that spells a special token become that token.
+        today: the day that a template which writes today's date takes for it; the present one by default.
 
     Raises:
         UserError: the tokenizer has no fast version.
@@ -92,6 +95,7 @@ class ChatEncoder:
         *,
         train_on: TrainOn = "assistant",
         allow_special_tokens: bool = False,
+        today: date | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -101,6 +105,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.allow_special_tokens = allow_special_tokens
+        self.today = today
         self._tokens = ChatTokenizer(tokenizer)
         self._learned: dict[bool, _Learned] = {}
 
@@ -317,6 +322,8 @@ class ChatEncoder:
         patience: float | None = None,
         **variables: Any,
     ) -> str:
+        if self.today:
+            variables["chat_template"] = on_day(self.tokenizer.get_chat_template(tools=tools), self.today)
         try:
             with bounds.Bounded(patience or bounds.PATIENCE):
                 text = self.tokenizer.apply_chat_template(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import chat_rows, write_jsonl
+from tiny import CHATML, chat_rows, save_tiny, write_jsonl
 
 from litft.cli.main import main
 
@@ -464,3 +464,37 @@ def test_two_processes_are_one_run(finetune: Any, tiny_llama: Path, chats: Path,
     (a,), (b,) = result("runs/0001-lora").values(), result("one").values()
     for name, tensor in load(a).items():
         assert (tensor - load(b)[name]).abs().max() < 1e-5, name
+
+
+def test_a_run_keeps_the_day_it_began_on(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Templates such as Llama 3.2's write today's date: a run that goes on tomorrow has the same tokens."""
+    from datetime import date
+
+    from litft.data import chat
+
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> date:
+            return date(2031, 2, 3)
+
+    dated = save_tiny(tmp_path / "dated", template="{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    words = ["--model", str(dated), "--data", str(chats), "--samples.count", "0", "--val_every_n_steps", "0"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.log_every_n_steps", "1"]
+
+    def run(out: str, *more: str) -> int:
+        return main(["finetune", "lora", "--out", out, *words, *more])
+
+    assert run("straight", "--trainer.max_steps", "4") == 0
+    assert run("a", "--trainer.max_steps", "2") == 0
+    today = date.today().isoformat()
+    assert yaml.safe_load(Path("a/config.yaml").read_text())["data"]["date"] == today
+    monkeypatch.setattr(chat, "Day", Tomorrow)
+    assert main(["finetune", "lora", "--out", "a", "--resume", "--trainer.max_steps", "4"]) == 0
+    assert [r["loss"] for r in records("a")][:3] == [r["loss"] for r in records("straight")][:3]
+    assert {r["tokens"] for r in records("a")} == {r["tokens"] for r in records("straight")}
+    assert run("a", "--resume", "--trainer.max_steps", "5", "--data.date", "2031-02-03") == 2
+    assert "data (" in capsys.readouterr().err
+    assert run("b", "--data.date", "yesterday") == 2
+    assert "--data.date yesterday: is no day" in capsys.readouterr().err
