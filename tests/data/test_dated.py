@@ -29,6 +29,8 @@ def test_a_stock_template_tells_of_the_day_it_is_held_to(name: str) -> None:
     assert tokenizer.apply_chat_template(CHAT, tokenize=False, chat_template=on_day(template, date.today())) == plain
     other = tokenizer.apply_chat_template(CHAT, tokenize=False, chat_template=on_day(template, date(1999, 12, 31)))
     assert "1999" in other and other != plain
+    if name == "gptoss":  # whose control tokens the tiny tokenizer lacks: no mask, so no encoder
+        return
     held = ChatEncoder(tokenizer, today=date(1999, 12, 31))
     ids = held.prompt(QUESTION)
     assert "1999" in tokenizer.decode(ids) and "1999" not in tokenizer.decode(ChatEncoder(tokenizer).prompt(QUESTION))
