@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,3 +231,12 @@ def test_a_dead_rank_ends_the_others_within_a_minute_with_one_line(victim: str, 
     step = int(newest.name.removeprefix("step-"))
     assert step >= 7 and f"kept: {step} steps" in said
     assert [int(row["step"]) for row in metrics(place.folder / "a")] == list(range(step + 1))
+
+
+def test_a_loss_that_is_lost_ends_with_the_rows_of_its_step(place: Place) -> None:
+    more = ("--model.lr", "1e30", "--model.clip", 0, "--model.max_bad_steps", 2, "--model.warmup", 0)
+    assert place.run("a", *more, steps=30) == 1
+    [error] = errors(place.said())
+    assert re.search(r"step \d+: loss or gradient not finite, step skipped \(3 so far\); its rows: .*jsonl:\d+", error)
+    assert "stopped: more than model.max_bad_steps 2 of them" in place.said()
+    assert place.said().count("step skipped") == 3 and "kept: " in place.said()
