@@ -220,8 +220,8 @@ TABLE: list[tuple[str, str, bytes | Make, str]] = [
     ("folder", "splits", folder(train_jsonl=GOOD, test_jsonl=GOOD), r"--data F: the folder holds several splits"),
     ("folder", "twice", folder(a_jsonl=GOOD, a_csv=GOOD), r"--data F: F/a.csv and F/a.jsonl differ in file type"),
     ("folder", "one-bad", folder(a_jsonl=GOOD, b_jsonl=b"\n{"), r"F/b.jsonl:2: broken JSON at column 2: "),
-    ("special file", "pipe.jsonl", os.mkfifo, SPECIAL),
-    ("special file", "pipe.parquet", os.mkfifo, SPECIAL),
+    ("special file", "pipe.jsonl", lambda path: os.mkfifo(path), SPECIAL),
+    ("special file", "pipe.parquet", lambda path: os.mkfifo(path), SPECIAL),
     ("special file", "null.jsonl", lambda path: path.symlink_to("/dev/null"), SPECIAL),
     ("special file", "zero.json", lambda path: path.symlink_to("/dev/zero"), SPECIAL),
     ("link", "loop.jsonl", lambda path: path.symlink_to(path.name), r"--data F: no such file or folder"),
@@ -229,7 +229,7 @@ TABLE: list[tuple[str, str, bytes | Make, str]] = [
     ("unreadable", "memory.jsonl", lambda path: path.symlink_to("/proc/self/mem"), r"--data F: cannot be read:"),
 ]  # fmt: skip
 
-ONLY_LINUX = ("zero.json", "memory.jsonl")
+ONLY_LINUX = ("pipe.jsonl", "pipe.parquet", "null.jsonl", "zero.json", "memory.jsonl")
 
 
 def made(path: Path, content: bytes | Make) -> Path:
@@ -256,7 +256,7 @@ def test_a_malformed_file_ends_in_its_message(
     tmp_path: Path, kind: str, name: str, content: bytes | Make, said: str
 ) -> None:
     if name in ONLY_LINUX and sys.platform != "linux":
-        pytest.skip("needs /dev/zero and /proc")
+        pytest.skip("needs pipes, devices and /proc")
     begin = time.perf_counter()
     text = first_said(made(tmp_path / name, content)).replace(str(tmp_path / name), "F")
     assert re.match(said, text.splitlines()[0]), text
@@ -300,7 +300,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, tiny_llama: Path) -> None:
     """Nor where no row is looked at before the file is hashed."""
     from litft import SFT, ChatData
 
-    data = ChatData(str(made(tmp_path / "pipe.jsonl", os.mkfifo)), chat_template="chatml")
+    data = ChatData(str(made(tmp_path / "pipe.jsonl", lambda path: os.mkfifo(path))), chat_template="chatml")
     with pytest.raises(UserError, match=r"pipe\.jsonl: this is a pipe or a device, not a file"):
         data.prepare(SFT(str(tiny_llama)), max_epochs=1)
 

@@ -111,7 +111,7 @@ def test_an_answer_before_reasoning_inside_the_text_is_not_empty() -> None:
 
 
 def test_arguments_nested_beyond_reason_are_an_error() -> None:
-    for depth in (100, 900):
+    for depth in (100, 3000):
         arguments: Any = "x"
         for _ in range(depth):
             arguments = {"k": arguments}
