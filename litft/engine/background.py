@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from litft.engine import checkpoint_files as files
 from litft.engine.room import host_memory_left
 
+PLAIN = (int, float, bool, str, type(None))
 SPARE = 2  # a copy is taken where so many times its size is free
 
 
@@ -32,7 +35,7 @@ class Background(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
-        self._thread: Thread | None = None
+        self._thread: threading.Thread | None = None
         self._error: tuple[Path, Exception] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -54,7 +57,7 @@ class Background(TorchCheckpointIO):
             self._try(checkpoint, path, then)
         else:
             copy = to_host(checkpoint)
-            self._thread = Thread(target=self._try, args=(copy, path, then), name="checkpoint")
+            self._thread = threading.Thread(target=self._try, args=(copy, path, then), name="checkpoint")
             self._thread.start()
         if options.get("leave"):
             raise Left
@@ -78,12 +81,14 @@ class Background(TorchCheckpointIO):
 
 
 def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+    _give_way()
     made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _File(io.FileIO(path, "w")) as file:
             try:
-                torch.save(checkpoint, file)
+                with _no_sums_inside():
+                    torch.save(checkpoint, file)
             except RuntimeError:
                 if file.error is None:
                     raise
@@ -100,6 +105,23 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
         raise
     if then:
         then()
+
+
+def _give_way() -> None:
+    """Let training have the processor first, where this is a thread beside it: its threads wait for each other."""
+    if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+@contextlib.contextmanager
+def _no_sums_inside() -> Iterator[None]:
+    """The checksum is made of the whole file; torch's own, of each tensor, takes as long again as all the rest."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _File(io.BufferedWriter):
@@ -128,9 +150,9 @@ def to_host(value: Any, seen: dict[int, Tensor] | None = None) -> Any:
             seen[id(value)] = value.detach().to("cpu", copy=True)
         return seen[id(value)]
     if isinstance(value, dict):
-        return {key: to_host(inner, seen) for key, inner in value.items()}
+        return {key: inner if type(inner) in PLAIN else to_host(inner, seen) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(to_host(inner, seen) for inner in value)
+        return type(value)([inner if type(inner) in PLAIN else to_host(inner, seen) for inner in value])
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,9 @@ def start(
             )
         except (Stopped, PowerCut) as stop:
             assert stop_at is not None, stop
+            for thread in threading.enumerate():  # a process that is gone would have taken it along
+                if thread.name == "checkpoint":
+                    thread.join()
     return trace, outcome, lightning_trainer
 
 
