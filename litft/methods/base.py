@@ -28,7 +28,7 @@ from litft.methods.memory import check_keys, plan_memory, ranks_of
 from litft.models.alias import DEFAULT_MODEL
 from litft.models.compiled import Compiled
 from litft.tuners import LoRA, Tuner
-from litft.tuners.base import Applied
+from litft.tuners.base import Applied, trainable_parameters
 
 if TYPE_CHECKING:
     from litft.models.causal_lm import CausalLM
@@ -152,6 +152,7 @@ class Method(LightningModule):
         self.offloaded, self.loading_bytes, self.resident_before = False, 0, 0.0
         self.compiled = Compiled()
         self.grad_norm: Tensor | None = None
+        self._trained: list[tuple[str, torch.nn.Parameter]] = []
         self.mid_step = False  # whether weights have moved that belong to an optimizer step not yet done
         self._sums: dict[int, Tensor] = {}
 
@@ -290,11 +291,9 @@ class Method(LightningModule):
         return [optimizer], [{"scheduler": StepSchedule(optimizer, factor), "interval": "step"}]
 
     def on_train_start(self) -> None:
-        """Put a resumed optimizer's state beside its weights, where those stay in the host's memory; Trainer's hook.
-
-        The strategy has moved all of it to the run's device.
-        """
-        if self.offloaded:
+        """Note what is trained, as finding it takes time that each checkpoint would take; Trainer's hook."""
+        self._trained = list(trainable_parameters(self.net.model))
+        if self.offloaded:  # their optimizer's state, which Trainer has moved to the run's device, belongs beside them
             for parameter, state in self.optimizers(use_pl_optimizer=False).state.items():  # type: ignore[union-attr]
                 state.update({k: v.to(parameter.device) for k, v in state.items() if isinstance(v, Tensor)})
 
@@ -390,9 +389,17 @@ class Method(LightningModule):
 
     strict_loading = False  # a checkpoint lacks the base; on_load_checkpoint checks what it must hold
 
+    def state_dict(  # type: ignore[override]
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Tensor]:
+        """What is trained, by its name in the model: all that a checkpoint has to hold."""
+        found = {} if destination is None else destination
+        for name, parameter in self._trained or trainable_parameters(self.net.model):
+            found[prefix + name] = parameter if keep_vars else parameter.detach()
+        return found
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained only."""
-        checkpoint["state_dict"] = self.tuner.trainable_state(self.net.model)
+        """Note what made the optimizer's state."""
         checkpoint["optimizer"] = self.optimizer_name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
