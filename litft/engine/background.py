@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from litft.engine import checkpoint_files as files
 from litft.engine.room import host_memory_left
 
 PLAIN = (int, float, bool, str, type(None))
+LEAD_S = 0.05  # that the step after has, to be under way
 SPARE = 2  # a copy is taken where so many times its size is free
 
 
@@ -108,9 +110,10 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
 
 
 def _give_way() -> None:
-    """Let training have the processor first, where this is a thread beside it: its threads wait for each other."""
+    """Let training go first, where this is a thread beside it: pickling holds the interpreter, summing a processor."""
     if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        time.sleep(LEAD_S)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 @contextlib.contextmanager
