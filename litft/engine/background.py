@@ -47,13 +47,16 @@ class Background(TorchCheckpointIO):
             checkpoint: of the Trainer.
             path: of the file; its folder is made.
             storage_options: `then`, what to call after the file is on the disk; `now`, to wait for that; `leave`, to
-                raise `Left` at the end.
+                raise `Left` at the end. Without `then` it is written as Lightning writes.
 
         Raises:
             Left: asked for by `leave`: the way out of `Trainer.save_checkpoint` without meeting other processes.
         """
         options = storage_options or {}
-        then, path = options.get("then"), Path(path)
+        if "then" not in options:  # somebody else's, who counts on its being there
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        then, path = options["then"], Path(path)
         self._join()
         if options.get("now") or host_memory_left() < SPARE * size_of(checkpoint):
             self._try(checkpoint, path, then)

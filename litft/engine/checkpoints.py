@@ -239,6 +239,11 @@ class Checkpoints(Checkpoint):
         saved = checkpoint.get("litft")
         if saved is None:
             return
+        if "identity" not in saved:
+            raise UserError(
+                "the checkpoint was made by an earlier version of litft, which goes on in another way\n"
+                "mend: resume with that version (run.json names it), or begin in another --out"
+            )
         step = int(checkpoint["global_step"])
         identity.check(saved["identity"], self._identify(trainer, pl_module), step, self.allowed)
         if saved["optimizer"] != (name := getattr(pl_module, "optimizer_name", None)):

@@ -18,6 +18,9 @@ from typing import Any
 from litft.engine.secrets import hide
 from litft.errors import UserError
 
+LOCK_S = 6.0
+"""Seconds to wait for a folder: the data workers of a process that was killed outlive it by some."""
+_locks: dict[Path, int] = {}
 LIBRARIES = ("litft", "torch", "lightning", "transformers", "jsonargparse", "safetensors", "bitsandbytes")
 
 
@@ -36,7 +39,9 @@ def claim(out: str | None, name: str, resume: bool) -> Path:
         if out is None:
             if resume:
                 raise UserError("--resume needs --out FOLDER, the run to go on with")
-            return _fresh(Path("runs"), name)
+            folder = _fresh(Path("runs"), name)
+            _lock(folder)
+            return folder
         folder = Path(out)
         used = folder.is_dir() and any(folder.iterdir())
         if folder.exists() and not folder.is_dir():
@@ -53,10 +58,41 @@ def claim(out: str | None, name: str, resume: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
+        _lock(folder)
         return folder
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out or 'runs'}: cannot be written: {reason}") from None
+
+
+def _lock(folder: Path) -> None:
+    """Keep other processes from the folder for as long as this one lives, however it ends.
+
+    Raises:
+        UserError: another one is at work there.
+    """
+    if sys.platform == "win32" or folder.resolve() in _locks:
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    until = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.2)
+                continue
+            os.close(handle)
+            raise UserError(
+                f"--out {folder}: another process is writing there\nmend: wait for its end, or name another folder"
+            ) from None
+        except OSError:  # a disk of the network without locks
+            os.close(handle)
+            return
+        _locks[folder.resolve()] = handle
+        return
 
 
 def _leads_out(folder: Path) -> Path | None:
@@ -85,6 +121,8 @@ def _fresh(parent: Path, name: str) -> Path:
 def discard(folder: Path) -> None:
     """Take back the folder of a run that ended before it had anything to keep, so that its name is free again."""
     shutil.rmtree(folder, ignore_errors=True)
+    if (handle := _locks.pop(folder.resolve(), None)) is not None:
+        os.close(handle)
     with contextlib.suppress(OSError):  # `runs/`, where this was the first and only one
         if folder.parent == Path("runs"):
             folder.parent.rmdir()

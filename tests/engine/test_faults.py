@@ -240,3 +240,18 @@ def test_a_loss_that_is_lost_ends_with_the_rows_of_its_step(place: Place) -> Non
     assert re.search(r"step \d+: loss or gradient not finite, step skipped \(3 so far\); its rows: .*jsonl:\d+", error)
     assert "stopped: more than model.max_bad_steps 2 of them" in place.said()
     assert place.said().count("step skipped") == 3 and "kept: " in place.said()
+
+
+def test_two_commands_do_not_share_a_folder(place: Place) -> None:
+    """As when a job is started again while the machine that was given up still runs it."""
+    first = place.job("command", place.words("a", steps=2000))
+    rows = place.folder / "a" / "metrics.csv"
+    while not rows.exists():
+        assert place.zygote.poll(first) is None, place.said()
+        time.sleep(0.01)
+    assert place.run("a", "--resume", steps=2000) == 2
+    [error] = errors(place.said())
+    assert error == "error: --out a: another process is writing there"
+    os.killpg(first, signal.SIGKILL)
+    assert place.zygote.wait(first) == -signal.SIGKILL
+    assert place.run("a", "--resume", steps=3) == 0, place.said()  # the dead hold no lock

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import assert_same_run, metrics, start
+from runs import assert_same_run, last, metrics, resave, start
 from tiny import chat_rows, save_tiny, write_jsonl
 
+from litft.engine.checkpoint_files import newest
 from litft.engine.identity import PARTS, parse_allowed
 from litft.errors import UserError
 
@@ -132,3 +133,13 @@ def test_the_words_of_allow_changed() -> None:
     assert parse_allowed(None) == [] and parse_allowed("data, model") == ["data", "model"]
     with pytest.raises(UserError, match="--allow_changed weights: is none of data, tokenizer, template, model, tuner"):
         parse_allowed("weights")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_as_such(tmp_path: Path, model: Path, chats: Path) -> None:
+    start(tmp_path / "a", model, chats, steps=4, stop_at=2)
+    state, file = last(tmp_path / "a"), newest(tmp_path / "a" / "checkpoints")
+    assert file is not None
+    state["litft"] = {"random_state": [], "fingerprint": "abc", "optimizer": "adamw"}
+    resave(state, file)
+    with pytest.raises(UserError, match="made by an earlier version of litft"):
+        start(tmp_path / "a", model, chats, steps=4, resume=True)

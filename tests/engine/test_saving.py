@@ -213,3 +213,14 @@ def test_too_many_bad_steps_leave_a_checkpoint_and_name_rows(
     state = last(tmp_path / "a")
     assert state["global_step"] == 5 and all(torch.isfinite(t).all() for t in state["state_dict"].values())
     assert capsys.readouterr().err.count("step skipped") == 2
+
+
+def test_another_checkpoint_callback_finds_its_files_at_once(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    theirs = ModelCheckpoint(tmp_path / "theirs", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    start(tmp_path / "a", tiny_llama, chats, steps=4, callbacks=(theirs,))
+    files = sorted((tmp_path / "theirs").iterdir())
+    assert [file.name for file in files] == ["step=2.ckpt", "step=4.ckpt"]
+    assert [torch.load(file, weights_only=True)["global_step"] for file in files] == [2, 4]
+    assert [p.name for p in complete(tmp_path / "a" / "checkpoints")][-1] == "step-000004"
