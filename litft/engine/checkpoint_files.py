@@ -106,16 +106,25 @@ def publish(half: Path, place: Path) -> None:
 
 def link(folder: Path, name: str, target: str) -> None:
     """Point `folder/name` at its neighbour `target`; never absent in between, and valid after the folder is moved."""
+    if not (folder / name).is_symlink():
+        unlink(folder, name)
     fresh = folder / f".{name}.link"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)
     fresh.replace(folder / name)
 
 
+def unlink(folder: Path, name: str) -> None:
+    """Remove a link, or the second copy of a checkpoint that copying a folder has made of it."""
+    if (folder / name).is_dir() and not (folder / name).is_symlink():
+        shutil.rmtree(folder / name)
+    (folder / name).unlink(missing_ok=True)
+
+
 def prune(folder: Path, keep_last: int, best: Path | None) -> None:
-    """Remove all but the newest checkpoints, and the best."""
+    """Remove all but the newest checkpoints, the best, and the one that `best` points to until that is written."""
     for old in complete(folder)[:-keep_last]:
-        if old != best:
+        if old != best and old.name != (folder / "best").resolve().name:
             shutil.rmtree(old, ignore_errors=True)
 
 

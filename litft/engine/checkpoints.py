@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
 from litft.engine import checkpoint_files as files
 from litft.engine import identity
@@ -67,6 +67,8 @@ class Checkpoints(Checkpoint):
         self._validated = -1
         self._resumed = self._improved = False
         self._validates = False
+        self._bests: list[tuple[float, int]] = []  # those before
+        self._patience: list[tuple[EarlyStopping, int]] = []
         self._identity: dict[str, str] | None = None
         self._groups: list[list[dict[str, Any]]] = []
 
@@ -101,6 +103,10 @@ class Checkpoints(Checkpoint):
         if self.signals:
             self.signals.install()
             self.signals.deferred = True
+        for early, patience in self._patience:  # this command's, not the checkpoint's
+            early.patience = patience
+            if early.wait_count >= patience:
+                trainer.should_stop = True
         if self.owes_validation:
             self.owes_validation, trainer.validating = False, True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -131,6 +137,7 @@ class Checkpoints(Checkpoint):
             return
         self._validated = trainer.global_step
         if np.isfinite(losses["val_loss"]) and (self.best is None or losses["val_loss"] < self.best[0]):
+            self._bests += [self.best] if self.best else []
             self.best = losses["val_loss"], trainer.global_step
             self._improved = True
 
@@ -202,6 +209,8 @@ class Checkpoints(Checkpoint):
         """Say of the last checkpoint that it isn't there, where that is so; training goes on."""
         if error := self._writer.wait():
             print(f"{self._why(*error)}; training goes on", file=sys.stderr)
+            while self.best and self.best_file() is None:  # the best was that one; the one before is still there
+                self.best = self._bests.pop() if self._bests else None
 
     def _close(self) -> None:
         """Wait for the last checkpoint.
@@ -235,6 +244,8 @@ class Checkpoints(Checkpoint):
         """Refuse a run that isn't the one of the checkpoint; say what becomes of the schedule."""
         if "_instantiator" in checkpoint.get("hyper_parameters", {}):
             raise UserError("the checkpoint names code to run (_instantiator), as none that litft wrote does")
+        early = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        self._patience = [(callback, callback.patience) for callback in early]
         checkpoint.get("callbacks", {}).pop("Timer", None)  # each command has its own --trainer.max_time
         saved = checkpoint.get("litft")
         if saved is None:
@@ -292,7 +303,7 @@ class Checkpoints(Checkpoint):
         if (file := self.best_file()) is None:
             self.best = None
         if trainer.is_global_zero:
-            (self.folder / "best").unlink(missing_ok=True)
+            files.unlink(self.folder, "best")
             if file:
                 files.link(self.folder, "best", file.parent.name)
 
@@ -301,8 +312,8 @@ def _finish(half: Path, place: Path, best: Path | None, keep_last: int) -> None:
     """A checkpoint's file is on the disk: give it its name, point the links at it, let older ones go."""
     files.publish(half, place)
     files.link(place.parent, "last", place.name)
-    if place == best:
-        files.link(place.parent, "best", place.name)
+    if best is not None and best.is_dir():
+        files.link(place.parent, "best", best.name)
     files.prune(place.parent, keep_last, best)
 
 

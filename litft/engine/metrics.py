@@ -168,7 +168,8 @@ class StepMetrics(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the closing report says of the steps before a resume."""
-        return {"losses_before": self.losses_before, "losses_at": self.losses_at, "bad_steps": self.bad_steps}
+        bad_steps = self.bad_steps if self._bad is None else int(self._bad)
+        return {"losses_before": self.losses_before, "losses_at": self.losses_at, "bad_steps": bad_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
@@ -244,12 +245,18 @@ class MetricsCSV(Logger):
         self._waiting: list[dict[str, Any]] = []
         self._last_at = self._end = 0
         self._said = False
+        self._writer: Any = None
         self.resume_step = resume_step
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The csv writer; opened at the first row."""
+        """The csv writer, where the file can be opened."""
+        with contextlib.suppress(OSError):
+            self._open()
+        return self._writer
+
+    def _open(self) -> None:
         if self._file is None:
             kept: list[dict[str, Any]] = []
             if self.resume_step is not None and self.path.exists():
@@ -261,7 +268,6 @@ class MetricsCSV(Logger):
             self._end = self._file.tell()
             self._write(kept)
             beside.replace(self.path)
-        return self._writer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -274,7 +280,7 @@ class MetricsCSV(Logger):
             return
         row = {k: v for k, v in metrics.items() if k in COLUMNS}
         try:
-            _ = self.experiment
+            self._open()
             if str(self._last.get("step")) == str(row["step"]):
                 row, self._end = self._last | row, self._last_at
             self._waiting.append(row)
@@ -322,7 +328,7 @@ class MetricsCSV(Logger):
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv; a last line torn by a crash is left out."""
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
     return [row for row in rows if row.get("step", "").isdigit() and None not in row and None not in row.values()]
 

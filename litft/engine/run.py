@@ -261,6 +261,11 @@ def _resume_point(folder: Path, trainer: Trainer, total_steps: int) -> tuple[Pat
             f"{folder / 'checkpoints'}: nothing to go on from, every checkpoint is damaged ({names})\n"
             "mend: begin in another --out"
         )
+    if file and step_of(file) > total_steps:
+        raise UserError(
+            f"--resume: the run has made {step_of(file)} steps already, this command asks for {total_steps}\n"
+            "mend: raise --trainer.max_steps or --trainer.max_epochs, or leave them out"
+        )
     if trainer.is_global_zero:
         if damaged:
             print(f"passed over, damaged: {names} (kept as damaged-...)", file=sys.stderr)
@@ -286,10 +291,13 @@ def keep_config(folder: Path, config: str, step: int) -> None:
     Of several that followed each other at the same step, the first is what the steps until then were made with.
     """
     path, kept = folder / "config.yaml", folder / f"config-until-step-{step}.yaml"
-    if path.exists() and config and path.read_text(encoding="utf-8") != config and not kept.exists():
+    if not config or (path.exists() and path.read_text(encoding="utf-8") == config):
+        return
+    if path.exists() and not kept.exists():
         path.replace(kept)
-    if config:
-        path.write_text(config, encoding="utf-8")
+    beside = path.with_name(".config.yaml.partial")
+    beside.write_text(config, encoding="utf-8")
+    beside.replace(path)
 
 
 def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str, resumed: Any) -> RunFile | None:

@@ -48,7 +48,7 @@ def claim(out: str | None, name: str, resume: bool) -> Path:
             raise UserError(f"--out {out}: is a file; name a folder")
         if used and not resume:
             raise UserError(f"--out {out}: already holds files; --resume goes on with that run, or name another folder")
-        if resume and not ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
+        if used and not ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
             raise UserError(f"--out {out}: nothing to resume there: no config.yaml and no checkpoints/")
         if resume and (link := _leads_out(folder)):
             raise UserError(
@@ -176,7 +176,11 @@ class RunFile:
     def finish(self, outcome: str, **facts: Any) -> None:
         """Say how the run ended."""
         self.facts |= {"outcome": outcome, "seconds": round(time.monotonic() - self._began, 1), **facts}
-        self.write()
+        try:
+            self.write()
+        except OSError as error:  # must not stand before what ended the run
+            self.path.with_suffix(".json.partial").unlink(missing_ok=True)
+            print(f"{self.path}: cannot be written: {error.strerror}", file=sys.stderr)
 
     def write(self) -> None:
         """Write what is known."""

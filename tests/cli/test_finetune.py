@@ -136,7 +136,6 @@ def test_f8_a_used_folder_is_refused_and_a_resume_keeps_the_first_configuration(
     ("words", "says"),
     [
         (["--resume"], "--resume needs --out"),
-        (["--out", "new", "--resume"], "nothing to resume"),
         (["--out", "file"], "is a file"),
         (["--out", "/proc/nowhere/x"], "cannot be written"),
     ],

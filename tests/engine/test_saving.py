@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -15,10 +16,12 @@ from lightning import Callback
 from runs import PowerCut, assert_same, assert_same_run, last, metrics, start
 from tiny import chat_rows, write_jsonl
 
+from litft import SFT
 from litft.engine import background
 from litft.engine.background import Background, size_of, to_host
 from litft.engine.checkpoint_files import FILE, complete, is_whole
 from litft.engine.signals import OBEYED, Stopped
+from litft.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +172,13 @@ def test_jumps_of_the_clock_change_nothing(
     assert 0 < json.loads((tmp_path / "b" / "run.json").read_text())["seconds"] < 600
 
 
-@pytest.mark.parametrize("torn", ["5,0.41", "5", '5,0.4,"', "\x00\x00\x00", "4,0.1,1,2,3,4,5,6,7,8,9,10,11,12,13,14"])
+@pytest.mark.parametrize(
+    "torn", ["5,0.41", "5", '5,0.4,"', "\x00\x00\x00", "4,0.1,1,2,3,4,5,6,7,8,9,10,11,12,13,14", "\udcff\udcfe"]
+)
 def test_a_torn_line_of_metrics_is_mended(torn: str, tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
     start(tmp_path / "a", tiny_llama, chats, steps=6)
     start(tmp_path / "b", tiny_llama, chats, steps=6, stop_at=4)
-    with open(tmp_path / "b" / "metrics.csv", "a") as file:
+    with open(tmp_path / "b" / "metrics.csv", "a", errors="surrogateescape") as file:
         file.write(torn)
     start(tmp_path / "b", tiny_llama, chats, steps=6, resume=True)
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -224,3 +229,50 @@ def test_another_checkpoint_callback_finds_its_files_at_once(tmp_path: Path, tin
     assert [file.name for file in files] == ["step=2.ckpt", "step=4.ckpt"]
     assert [torch.load(file, weights_only=True)["global_step"] for file in files] == [2, 4]
     assert [p.name for p in complete(tmp_path / "a" / "checkpoints")][-1] == "step-000004"
+
+
+def test_a_best_that_cannot_be_written_does_not_cost_the_one_before(
+    tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = background._write
+
+    def full(checkpoint: dict[str, Any], path: Path, then: Any) -> None:
+        if "step-000004" in str(path):
+            raise OSError(28, "No space left on device")
+        write(checkpoint, path, then)
+
+    class Losses(SFT):
+        def on_validation_epoch_end(self) -> None:
+            super().on_validation_epoch_end()
+            wanted = {0: 9.0, 2: 3.0, 4: 1.0, 6: 4.0, 8: 5.0, 10: 6.0}
+            self.val_losses = {"val_loss": wanted[self.trainer.global_step]}
+
+    monkeypatch.setattr(background, "_write", full)
+    _, outcome, _ = start(tmp_path / "a", tiny_llama, chats, steps=10, val_every=2, method=Losses)
+    assert outcome.final_step == 2 and outcome.losses_after == {"val_loss": 3.0}
+    assert (tmp_path / "a" / "checkpoints" / "best" / FILE).resolve().parent.name == "step-000002"
+
+
+@pytest.mark.parametrize("stop", [None, 6])
+def test_patience_that_has_run_out_stays_so(stop: int | None, tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    options: dict[str, Any] = {"steps": 20, "val_every": 2, "patience": 2, "lr": 0.0}
+    straight, outcome, _ = start(tmp_path / "a", tiny_llama, chats, **options)
+    end = len(straight.rows)
+    assert end < 20 and outcome.stopped
+    start(tmp_path / "b", tiny_llama, chats, stop_at=stop and end, **options)
+    trace, again, _ = start(tmp_path / "b", tiny_llama, chats, resume=True, **options)
+    assert not trace.rows and again.stopped == outcome.stopped
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    more, *_ = start(tmp_path / "b", tiny_llama, chats, resume=True, **(options | {"patience": 9}))
+    assert more.rows  # another patience is this command's
+
+
+def test_a_copy_that_has_followed_the_links_goes_on(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    start(tmp_path / "a", tiny_llama, chats, steps=6)
+    start(tmp_path / "b", tiny_llama, chats, steps=6, stop_at=4)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    assert (tmp_path / "c" / "checkpoints" / "last").is_dir()
+    start(tmp_path / "c", tiny_llama, chats, steps=6, resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(UserError, match="has made 6 steps already, this command asks for 3"):
+        start(tmp_path / "c", tiny_llama, chats, steps=3, resume=True)
