@@ -108,26 +108,21 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
             signals=signals,
             allow_changed=allowed,
         )
-    except (Stopped, UserError) as error:
+    except (Stopped, Exception) as error:
         kept = newest(folder / "checkpoints")
-        if not (kept or config.resume or _follows()):
+        if isinstance(error, (Stopped, Failed, UserError)) and not (kept or config.resume or _follows()):
             discard(folder)
-        if kept and isinstance(error, Stopped):
-            raise Stopped(error.number, error.step, folder) from None
-        raise
-    except Exception as error:
-        kept = newest(folder / "checkpoints")
-        go_on = (
-            f"{step_of(kept)} steps are kept: litft finetune {tuner} --out {folder} --resume goes on" if kept else ""
-        )
-        if lacks_memory(error):
-            where = f"on {trainer.strategy.root_device}, after step {trainer.global_step}"
-            error = Failed(f"out of memory {where}\n{ways_out(cli.model)}")
-        if isinstance(error, Failed):
-            raise Failed("\n".join(filter(None, [str(error), go_on]))) from None
-        if go_on and not _follows():
-            print(go_on, file=sys.stderr)
-        raise
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, Stopped):
+            raise Stopped(error.number, error.step, folder if kept else None) from None
+        where = f"on {trainer.strategy.root_device}, after step {trainer.global_step}"
+        failed = Failed(f"out of memory {where}\n{ways_out(cli.model)}") if lacks_memory(error) else error
+        if kept:
+            failed.add_note(f"{step_of(kept)} steps are kept: litft finetune {tuner} --out {folder} --resume goes on")
+        if failed is error:
+            raise
+        raise failed from error
     if trainer.is_global_zero:
         print(report(outcome))
     return 0

@@ -19,18 +19,8 @@ SWITCHES = {
     "dry_run": "Do everything up to the first step and print the plan.",
     "json": "With --dry_run: the plan as JSON.",
 }
-COMMAND = (
-    "seed_everything",
-    "out",
-    "val_every_n_steps",
-    "patience",
-    "allow_changed",
-    "config",
-    "print_config",
-    "help",
-    *SWITCHES,
-)
-"""Keys of the command itself."""
+COMMAND = ("seed_everything", "out", "val_every_n_steps", "patience", "allow_changed", "config", "print_config", "help")
+"""Keys of the command itself, beside the switches."""
 GROUPS = {
     "model": [("litft", "methods/base.py", "Method")],
     "data": [("litft", "data/chat.py", "ChatData")],

@@ -43,7 +43,6 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"litft {__version__}")
         return 0
-    from litft.engine.secrets import hide
     from litft.errors import Failed, UserError
 
     try:
@@ -57,14 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        if int(os.environ.get("LOCAL_RANK") or 0) == 0:  # what one process of a run says need not be said by all
-            print(hide(f"error: {error}"), file=sys.stderr)
+        _say(f"error: {error}", error)
         return 2
     except Failed as error:
         if debug:
             raise
-        if int(os.environ.get("LOCAL_RANK") or 0) == 0:
-            print(hide(f"error: {error}"), file=sys.stderr)
+        _say(f"error: {error}", error)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -76,8 +73,16 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         text = str(error).strip().split("\n")[0][:300]
-        print(hide(f"litft failed: {type(error).__name__}: {text}\n(--debug shows where)"), file=sys.stderr)
+        _say(f"litft failed: {type(error).__name__}: {text}\n(--debug shows where)", error, by_all=True)
         return 1
+
+
+def _say(text: str, error: Exception, by_all: bool = False) -> None:
+    """Print what went wrong, with the notes on it; of several processes of a run the first one does."""
+    from litft.engine.secrets import hide
+
+    if by_all or int(os.environ.get("LOCAL_RANK") or 0) == 0:
+        print(hide("\n".join([text, *getattr(error, "__notes__", [])])), file=sys.stderr)
 
 
 def entry() -> None:

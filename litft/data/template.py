@@ -323,7 +323,8 @@ class ChatEncoder:
         **variables: Any,
     ) -> str:
         if self.today:
-            variables["chat_template"] = on_day(self.tokenizer.get_chat_template(tools=tools), self.today)
+            template = variables.get("chat_template") or self.tokenizer.get_chat_template(tools=tools)
+            variables["chat_template"] = on_day(template, self.today)
         try:
             with bounds.Bounded(patience or bounds.PATIENCE):
                 text = self.tokenizer.apply_chat_template(

@@ -104,7 +104,8 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
         check.write_text(f"{file.digest.hexdigest()}  {path.name}\n")
         files.to_disk(check)
     except BaseException:
-        path.unlink(missing_ok=True)  # the room it took may be what the rest of the run lacks
+        for written in (path, files.sum_of(path)):  # the room they take may be what the rest of the run lacks
+            written.unlink(missing_ok=True)
         if made:
             path.parent.rmdir()
         raise
@@ -158,7 +159,8 @@ def to_host(value: Any, seen: dict[int, Tensor] | None = None) -> Any:
     if isinstance(value, dict):
         return {key: inner if type(inner) in PLAIN else to_host(inner, seen) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([inner if type(inner) in PLAIN else to_host(inner, seen) for inner in value])
+        copy = [inner if type(inner) in PLAIN else to_host(inner, seen) for inner in value]
+        return tuple(copy) if isinstance(value, tuple) else copy
     return value
 
 

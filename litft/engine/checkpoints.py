@@ -13,12 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
 from litft.engine import checkpoint_files as files
 from litft.engine import identity
 from litft.engine.background import Background, Left
 from litft.engine.metrics import StepMetrics
+from litft.engine.plain import NotPlain, plain
 from litft.engine.signals import Signals, Stopped
 from litft.errors import Failed, UserError
 
@@ -70,6 +72,7 @@ class Checkpoints(Checkpoint):
         self._bests: list[tuple[float, int]] = []  # those before
         self._patience: list[tuple[EarlyStopping, int]] = []
         self._identity: dict[str, str] | None = None
+        self._left_out: set[str] = set()  # callbacks whose state a checkpoint can't hold
         self._groups: list[list[dict[str, Any]]] = []
 
     # ---- when
@@ -78,6 +81,11 @@ class Checkpoints(Checkpoint):
         """Find the folder; write to it in the background."""
         if self.folder is None:
             self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        theirs = trainer.strategy.checkpoint_io
+        if type(theirs) not in (TorchCheckpointIO, Background):
+            raise UserError(
+                f"--trainer.plugins {type(theirs).__name__}: a run writes its checkpoints itself\nmend: leave it out"
+            )
         trainer.strategy.checkpoint_io = self._writer
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -163,8 +171,8 @@ class Checkpoints(Checkpoint):
             if whole and step > max(0, self._saved_step):
                 self.save(trainer, now=True, alone=True)
             self._close()
-        except Failed as error:
-            print(error, file=sys.stderr)
+        except Exception as error:  # must not stand before what ended the run
+            print(f"no checkpoint of step {step}: {error}", file=sys.stderr)
 
     def _stop(self, number: int, step: int) -> None:
         assert self.folder is not None
@@ -207,9 +215,13 @@ class Checkpoints(Checkpoint):
 
     def _say_failure(self) -> None:
         """Say of the last checkpoint that it isn't there, where that is so; training goes on."""
-        if error := self._writer.wait():
-            print(f"{self._why(*error)}; training goes on", file=sys.stderr)
-            while self.best and self.best_file() is None:  # the best was that one; the one before is still there
+        if not (error := self._writer.wait()):
+            return
+        print(f"{self._why(*error)}; training goes on", file=sys.stderr)
+        assert self.folder is not None
+        lost, _ = error
+        if self.best and lost.parent == files.half_of(files.place_of(self.folder, self.best[1])):
+            while self.best and self.best_file() is None:  # the best before it is still there
                 self.best = self._bests.pop() if self._bests else None
 
     def _close(self) -> None:
@@ -239,6 +251,14 @@ class Checkpoints(Checkpoint):
             "owes_validation": self._owes_validation(trainer, pl_module),
         }
         _between_steps(checkpoint["loops"]["fit_loop"], step, *data.plan.locate(step))
+        for name, state in list(checkpoint["callbacks"].items()):
+            try:
+                checkpoint["callbacks"][name] = plain(state)
+            except NotPlain as error:
+                del checkpoint["callbacks"][name]
+                if name not in self._left_out and trainer.is_global_zero:
+                    print(f"{name}: checkpoints leave its state out, which holds {error}", file=sys.stderr)
+                self._left_out.add(name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a run that isn't the one of the checkpoint; say what becomes of the schedule."""
@@ -261,6 +281,12 @@ class Checkpoints(Checkpoint):
             raise UserError(
                 f"the checkpoint holds the state of optimizer {saved['optimizer']}, not of {name}\n"
                 f"mend: --model.optimizer {saved['optimizer']}, or begin in another --out"
+            )
+        groups = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+        if groups != (own := [len(g["params"]) for g in pl_module.tuner.param_groups(pl_module.net.model, 0.0, 0.0)]):
+            raise UserError(
+                f"the checkpoint's optimizer has groups of {groups} weights, this tuner's {own}\n"
+                "mend: the tuner's options that it was made with, or begin in another --out"
             )
         changes = identity.schedule_changes(saved["schedule"], identity.schedule_of(pl_module), step)
         if changes and trainer.is_global_zero:
@@ -310,6 +336,9 @@ class Checkpoints(Checkpoint):
 
 def _finish(half: Path, place: Path, best: Path | None, keep_last: int) -> None:
     """A checkpoint's file is on the disk: give it its name, point the links at it, let older ones go."""
+    rows = place.parents[1] / "metrics.csv"
+    if rows.exists():  # whose rows up to this step are not written again
+        files.to_disk(rows)
     files.publish(half, place)
     files.link(place.parent, "last", place.name)
     if best is not None and best.is_dir():

@@ -66,7 +66,11 @@ def check(then: Mapping[str, str], now: Mapping[str, str], step: int, allowed: C
     if not changed:
         return
     what = ", ".join(f"{part} ({then.get(part)} then, {now[part]} now)" for part in changed)
-    hint = "\n(data: the rows, their limits and shares, the seed, tokens_per_step)" if "data" in changed else ""
+    hints = {
+        "data": "\n(data: the rows, their limits and shares, the seed, tokens_per_step)",
+        "tuner": "\n(tuner: what is not in the weights' shapes, such as dropout or alpha, can be allowed)",
+    }
+    hint = "".join(text for part, text in hints.items() if part in changed)
     raise UserError(
         f"--resume: changed since step {step}: {what}{hint}\n"
         f"mend: name what the run was made with, or go on all the same: --allow_changed {','.join(changed)}\n"

@@ -43,7 +43,9 @@ class Watch:
         found = self._found.wait(10 * POLL_S)
         if found and not self._started:  # of an error it is the first process that speaks, and that one is gone
             self._say()
-        return self._line if found else "another process of this run ended"
+        if found:
+            return self._line
+        return None if self._started else "another process of this run ended"  # which the first one says
 
     def close(self, end: bool = False) -> None:
         """The run is over; who ends now may.

@@ -179,9 +179,13 @@ def run(
 
     def begin() -> None:
         nonlocal record
-        if record is None and trainer.is_global_zero:
+        if record or not trainer.is_global_zero:
+            return
+        try:
             tidy(folder / "checkpoints", checkpoint, damaged)
-        record = record or _begin(trainer, folder, planned, config, checkpoint)
+            record = _begin(trainer, folder, planned, config, checkpoint)
+        except OSError as error:
+            raise Failed(f"{folder}: cannot be written: {error.strerror or error}") from error
 
     if checkpoint is None:  # there is nothing that a refusal could spoil, and a crash leaves a trace
         begin()
@@ -300,9 +304,7 @@ def keep_config(folder: Path, config: str, step: int) -> None:
     beside.replace(path)
 
 
-def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str, resumed: Any) -> RunFile | None:
-    if not trainer.is_global_zero:
-        return None
+def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str, resumed: Any) -> RunFile:
     folder.mkdir(parents=True, exist_ok=True)
     keep_config(folder, config, step_of(resumed) if resumed else 0)
     facts = {

@@ -11,7 +11,9 @@ HIDDEN = "<hidden>"
 SHORTEST = 8
 """Characters of a value in the environment that is looked for; a shorter one would be found where it isn't meant."""
 
-_VARIABLE = re.compile(r"token|key|secret|passw|credential", re.IGNORECASE)
+_VARIABLE = re.compile(r"(?:^|_)(?:token|secret|passw(?:or)?d|passphrase|credential)s?(?:_|$)", re.IGNORECASE)
+_MAYBE = re.compile(r"(?:^|_)(?:api)?keys?(?:_|$)", re.IGNORECASE)
+"""Of a variable that may hold a key of another kind, such as the one to sort by: then its value tells."""
 _NAME = (
     r"(?:\w*_)?(?:(?:api|access|secret|private|auth)_?key|secret|passw(?:or)?d|passphrase|credentials?"
     r"|(?:api|auth|access|hub|hf|bearer)_?token)|token"
@@ -81,5 +83,9 @@ def _follows_flag(flag: Any, value: Any) -> bool:
 
 def _in_environment() -> list[str]:
     """The secrets among the values of environment variables, longest first; the path of a file is none."""
-    values = {value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= SHORTEST}
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST and (_VARIABLE.search(name) or (_MAYBE.search(name) and re.search(r"\d", value)))
+    }
     return sorted((value for value in values if not os.path.exists(value)), key=len, reverse=True)

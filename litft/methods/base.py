@@ -392,10 +392,10 @@ class Method(LightningModule):
     def state_dict(  # type: ignore[override]
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
-        """What is trained, by its name in the model: all that a checkpoint has to hold."""
+        """What is trained, by its name in the model and detached: all that a checkpoint has to hold."""
+        state = {name: p.detach() for name, p in self._trained} or self.tuner.trainable_state(self.net.model)
         found = {} if destination is None else destination
-        for name, parameter in self._trained or trainable_parameters(self.net.model):
-            found[prefix + name] = parameter if keep_vars else parameter.detach()
+        found.update({prefix + name: tensor for name, tensor in state.items()})
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

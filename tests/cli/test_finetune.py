@@ -146,6 +146,14 @@ def test_out_and_resume(words: list[str], says: str, finetune: Any, capsys: pyte
     assert says in capsys.readouterr().err
 
 
+def test_resume_begins_where_there_is_nothing_yet(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that a script that is started again and again can always say it."""
+    Path("empty").mkdir()
+    for out in ("missing", "empty"):
+        assert finetune("--out", out, "--resume", "--trainer.max_steps", 1, "--samples.count", 0) == 0
+        assert "no checkpoint yet: beginning" in capsys.readouterr().out and result(out)
+
+
 def test_a_folder_that_is_no_run_is_not_resumed(finetune: Any, capsys: pytest.CaptureFixture[str]) -> None:
     Path("photos").mkdir()
     Path("photos/cat.jpg").write_text("cat")

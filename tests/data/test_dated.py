@@ -36,6 +36,17 @@ def test_a_stock_template_tells_of_the_day_it_is_held_to(name: str) -> None:
     assert "1999" in tokenizer.decode(ids) and "1999" not in tokenizer.decode(ChatEncoder(tokenizer).prompt(QUESTION))
 
 
+def test_marks_of_what_is_generated_go_along() -> None:
+    answer = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    turns = "{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}\n{% for m in messages %}" + turns + "{% endfor %}"
+    encoded = ChatEncoder(tokenizer, today=date(1999, 12, 31))(Conversation(CHAT, [None, None], None))
+    assert encoded.text.startswith("1999\n")
+    trained = [i for i, on in zip(encoded.ids, encoded.trained, strict=True) if on]
+    assert tokenizer.decode(trained) == "yo<|im_end|>"
+
+
 @pytest.mark.parametrize("begin", FIRST_LINES)
 def test_nothing_but_the_date_changes(begin: str) -> None:
     tokenizer = tiny_tokenizer()

@@ -100,6 +100,7 @@ def start(
     how: str = "signal",
     workers: int = 0,
     val_every: int | None = 3,
+    log_every: int = 1,
     patience: int | None = None,
     checkpoints: dict[str, Any] | None = None,
     allow_changed: tuple[str, ...] = (),
@@ -149,7 +150,7 @@ def start(
                 resume=resume,
                 val_every_n_steps=val_every,
                 patience=patience,
-                log_every_n_steps=1,
+                log_every_n_steps=log_every,
                 signals=signals,
                 allow_changed=allow_changed,
             )

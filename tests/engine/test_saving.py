@@ -7,9 +7,11 @@ import shutil
 import signal
 import threading
 import time
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback
@@ -89,11 +91,13 @@ def test_a_copy_is_one_and_on_the_host() -> None:
 
 def test_what_cannot_be_written_leaves_nothing_and_is_told_once(tmp_path: Path) -> None:
     writer = Background()
-    writer.save_checkpoint({"a": threading.Lock()}, tmp_path / "half" / FILE)  # nothing that can be pickled
+    writer.save_checkpoint(
+        {"a": threading.Lock()}, tmp_path / "half" / FILE, {"then": None}
+    )  # nothing that can be pickled
     path, error = writer.wait() or (None, None)
     assert path == tmp_path / "half" / FILE and isinstance(error, TypeError)
     assert writer.wait() is None and not list(tmp_path.iterdir())
-    writer.save_checkpoint({"a": torch.ones(3)}, tmp_path / "half" / FILE)
+    writer.save_checkpoint({"a": torch.ones(3)}, tmp_path / "half" / FILE, {"then": None})
     assert writer.wait() is None and is_whole(tmp_path / "half" / FILE)
 
 
@@ -231,13 +235,14 @@ def test_another_checkpoint_callback_finds_its_files_at_once(tmp_path: Path, tin
     assert [p.name for p in complete(tmp_path / "a" / "checkpoints")][-1] == "step-000004"
 
 
+@pytest.mark.parametrize(("lost", "best"), [(4, 2), (3, 4)])
 def test_a_best_that_cannot_be_written_does_not_cost_the_one_before(
-    tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+    lost: int, best: int, tmp_path: Path, tiny_llama: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = background._write
 
     def full(checkpoint: dict[str, Any], path: Path, then: Any) -> None:
-        if "step-000004" in str(path):
+        if f"step-{lost:06d}" in str(path):
             raise OSError(28, "No space left on device")
         write(checkpoint, path, then)
 
@@ -248,9 +253,10 @@ def test_a_best_that_cannot_be_written_does_not_cost_the_one_before(
             self.val_losses = {"val_loss": wanted[self.trainer.global_step]}
 
     monkeypatch.setattr(background, "_write", full)
-    _, outcome, _ = start(tmp_path / "a", tiny_llama, chats, steps=10, val_every=2, method=Losses)
-    assert outcome.final_step == 2 and outcome.losses_after == {"val_loss": 3.0}
-    assert (tmp_path / "a" / "checkpoints" / "best" / FILE).resolve().parent.name == "step-000002"
+    options: dict[str, Any] = {"steps": 10, "val_every": 2, "method": Losses, "checkpoints": {"every_steps": 1}}
+    _, outcome, _ = start(tmp_path / "a", tiny_llama, chats, **options)
+    assert outcome.final_step == best and outcome.losses_after == {"val_loss": {2: 3.0, 4: 1.0}[best]}
+    assert (tmp_path / "a" / "checkpoints" / "best" / FILE).resolve().parent.name == f"step-{best:06d}"
 
 
 @pytest.mark.parametrize("stop", [None, 6])
@@ -276,3 +282,70 @@ def test_a_copy_that_has_followed_the_links_goes_on(tmp_path: Path, tiny_llama: 
     assert_same_run(tmp_path / "a", tmp_path / "c")
     with pytest.raises(UserError, match="has made 6 steps already, this command asks for 3"):
         start(tmp_path / "c", tiny_llama, chats, steps=3, resume=True)
+
+
+class Odd(Callback):
+    """A callback of somebody's, whose state is not all plain data."""
+
+    def __init__(self, more: Any = None) -> None:
+        self.seen: list[Any] = []
+        self.state = {"loss": np.float64(0.5), "pair": Pair(1, 2)} | ({"more": more} if more else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen.append(state_dict)
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+def test_a_callbacks_numbers_are_kept_and_what_is_no_data_is_left_out_and_said(
+    tmp_path: Path, tiny_llama: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"steps": 4, "checkpoints": {"every_steps": 1}}
+    start(tmp_path / "a", tiny_llama, chats, stop_at=2, callbacks=(Odd(),), **options)
+    again = Odd()
+    start(tmp_path / "a", tiny_llama, chats, resume=True, callbacks=(again,), **options)
+    assert again.seen == [{"loss": 0.5, "pair": (1, 2)}] and "leave its state out" not in capsys.readouterr().err
+    start(tmp_path / "b", tiny_llama, chats, stop_at=2, callbacks=(Odd(threading.Lock()),), **options)
+    assert capsys.readouterr().err.count("Odd: checkpoints leave its state out, which holds _thread.lock") == 1
+    _, outcome, _ = start(tmp_path / "b", tiny_llama, chats, resume=True, callbacks=(again,), **options)
+    assert outcome is not None and len(again.seen) == 1
+
+
+def test_another_writer_of_checkpoints_is_refused(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+    with pytest.raises(UserError, match=r"--trainer.plugins AsyncCheckpointIO: .*\nmend: leave it out"):
+        start(tmp_path / "a", tiny_llama, chats, steps=2, trainer={"plugins": [AsyncCheckpointIO()]})
+
+
+def test_bad_steps_between_two_records_are_counted_over_a_resume(tmp_path: Path, tiny_llama: Path, chats: Path) -> None:
+    class Bad(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2:
+                batch["micro_batches"][0]["denominator"] *= float("nan")
+
+    start(tmp_path / "a", tiny_llama, chats, steps=6, val_every=0, log_every=50, stop_at=4, callbacks=(Bad(),))
+    start(tmp_path / "a", tiny_llama, chats, steps=6, val_every=0, resume=True)
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["bad_steps"] == 1
+
+
+def test_a_full_disk_masks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from litft.engine.run_folder import RunFile
+
+    file = RunFile(tmp_path, {})
+    file.path.with_suffix(".json.partial").mkdir()  # nothing can be written there
+    with pytest.raises(OSError):
+        file.write()
+    file.path.with_suffix(".json.partial").rmdir()
+    before = file.path.read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        file.finish("Stopped")
+    assert file.path.read_text() == before and not list(tmp_path.glob("*.partial"))
+    assert "run.json: cannot be written: No space left on device" in capsys.readouterr().err

@@ -187,6 +187,9 @@ def test_no_secrets(text: str) -> None:
         ("HF_TOKEN_PATH", os.getcwd(), False),  # where a token lies is no secret
         ("SOME_PASSWORD", "longer than eight", True),
         ("EDITOR", "longer than eight", False),
+        ("MODEL_KEY", "constant", False),  # a key of another kind, and a word that config.yaml needs
+        ("MODEL_APIKEY", "k0nstantly", True),
+        ("TOKENIZER_NAME", "org/model-0.5B", False),
     ],
 )
 def test_values_of_the_environment(name: str, value: str, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
