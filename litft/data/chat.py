@@ -23,6 +23,7 @@ from litft.data.layout import lay_out
 from litft.data.loader import MicroBatches, StepLoader, Steps, make_batch
 from litft.data.plan import MICRO_BATCH, MicroBatch, Plan, default_tokens_per_step, epoch_order, run_counts
 from litft.data.progress import Progress
+from litft.data.prompts import beginnings
 from litft.data.rows import schema_of, to_conversation
 from litft.data.selection import Selection, select, split_validation
 from litft.data.template import ChatEncoder, find_template, missing_tokens
@@ -267,25 +268,7 @@ class ChatData(LightningDataModule):
     def held_out_prompts(self, count: int) -> list[Conversation]:
         """The beginnings, up to the first answer, of some rows of the first validation set."""
         rows = next(iter(self.val_selections.values()), None)
-        if not rows:
-            return []
-        chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
-        found: list[Conversation] = []
-        for index, store in enumerate(rows.stores):
-            wanted = set(rows.row_of_file[chosen[rows.file_of_row[chosen] == index]].tolist())
-            at = 0  # of the store, which lacks the bad rows
-            for row in read_rows(store.file, revision=self.revision) if wanted else ():
-                if at == len(store) or at > max(wanted):
-                    break
-                if row.line != store.lines[at]:
-                    continue
-                if at in wanted and schema_of(row.value) != "text":
-                    chat = to_conversation(row.value, row.file, row.line)
-                    end = next(i for i, m in enumerate(chat.messages) if m["role"] == "assistant")
-                    if end:
-                        found.append(Conversation(chat.messages[:end], chat.train[:end], chat.tools))
-                at += 1
-        return found
+        return beginnings(rows, count, self.revision) if rows else []
 
     def summary(self) -> dict[str, Any]:
         """The plan in numbers: what is read, left out, trained on and in how many steps.

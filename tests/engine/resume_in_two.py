@@ -20,7 +20,7 @@ def main(out: Path, model: Path, data: Path, tuners: dict[str, dict[str, Any]]) 
     rank = int(os.environ["LOCAL_RANK"])
     for name, tuner in tuners.items():
         folder = out / name
-        options: dict[str, Any] = {"steps": 6, "tokens_per_step": 400, "tokens_per_batch": 200, "val_every": 2, **tuner}
+        options: dict[str, Any] = {"steps": 6, "tokens_per_step": 600, "tokens_per_batch": 160, "val_every": 2, **tuner}
         options["trainer"] = {"devices": 2, "strategy": "ddp"}
         start(folder / "straight", model, data, **options)
         how = "signal within" if rank == 1 else "the other process's business"

@@ -23,11 +23,6 @@ from litft.engine.metrics import BadLoss
 from litft.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(36))
-
-
 def steps_in(folder: Path) -> list[int]:
     return [int(p.name.removeprefix("step-")) for p in complete(folder / "checkpoints")]
 

@@ -18,11 +18,6 @@ from litft.engine.identity import PARTS, parse_allowed
 from litft.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(36))
-
-
 @pytest.fixture
 def model(tmp_path: Path, tiny_llama: Path) -> Path:
     return shutil.copytree(tiny_llama, tmp_path / "model")

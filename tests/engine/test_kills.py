@@ -7,20 +7,12 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import assert_same_run
 from tiny import chat_rows, save_tiny, write_jsonl
 from zygote import Zygote
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    server = Zygote()
-    yield server
-    server.close()
 
 
 def half_written(out: Path) -> list[Path]:

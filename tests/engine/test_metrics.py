@@ -13,15 +13,9 @@ import torch
 from lightning import Callback
 from lightning.pytorch.loggers.logger import Logger
 from runs import metrics, start
-from tiny import chat_rows, write_jsonl
 
 from litft.engine.console import Console
 from litft.engine.metrics import COLUMNS, MetricsCSV, StepMetrics, eta, read_metrics
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(36))
 
 
 class Losses(Callback):

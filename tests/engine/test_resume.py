@@ -9,20 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from runs import Trace, assert_same_run, last, metrics, resave, start
-from tiny import chat_rows, save_tiny, write_jsonl
+from tiny import chat_rows, write_jsonl
 
 from litft.engine.checkpoint_files import newest
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(36))
-
-
-@pytest.fixture(scope="module")
-def gpt2_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpt2")
-    return save_tiny(folder, "gpt2", embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
 
 
 def in_pieces(folder: Path, model: Path, data: Path, stops: list[int], how: str = "signal", **options: object) -> list:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from runs import Trace, assert_same_run, last, start
-from tiny import chat_rows, save_tiny, write_jsonl
 
 TUNERS: dict[str, dict[str, Any]] = {
     "lora": {"tuner": "lora"},
@@ -39,25 +38,14 @@ MATRIX = list(itertools.product(TUNERS, WAYS, PACKING, WORKERS))
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(40))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpt2")
-    return save_tiny(folder, "gpt2", embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, model: Path, chats: Path) -> Any:
+def straight(tmp_path_factory: pytest.TempPathFactory, gpt2_with_dropout: Path, chats: Path) -> Any:
     """The run that was never interrupted, of a tuner and a packing: folder and trace; made once."""
     made: dict[tuple[str, bool], tuple[Path, Trace]] = {}
 
     def get(tuner: str, packing: bool) -> tuple[Path, Trace]:
         if (tuner, packing) not in made:
             folder = tmp_path_factory.mktemp("straight")
-            trace, *_ = start(folder, model, chats, packing=packing, **OPTIONS, **TUNERS[tuner])
+            trace, *_ = start(folder, gpt2_with_dropout, chats, packing=packing, **OPTIONS, **TUNERS[tuner])
             made[tuner, packing] = folder, trace
         return made[tuner, packing]
 
@@ -85,14 +73,23 @@ def slow_but_some(case: tuple[str, str, bool, int]) -> Any:
 
 @pytest.mark.parametrize(("tuner", "way", "packing", "workers"), map(slow_but_some, MATRIX))
 def test_f1_interrupted_is_straight(
-    tuner: str, way: str, packing: bool, workers: int, straight: Any, tmp_path: Path, model: Path, chats: Path
+    tuner: str,
+    way: str,
+    packing: bool,
+    workers: int,
+    straight: Any,
+    tmp_path: Path,
+    gpt2_with_dropout: Path,
+    chats: Path,
 ) -> None:
     folder, whole = straight(tuner, packing)
     options = OPTIONS | TUNERS[tuner] | {"packing": packing, "workers": workers}
     rows: dict[int, list[int]] = {}
     rates: dict[int, float] = {}
     for piece, (stop, how) in enumerate([*WAYS[way], (None, "signal")]):
-        trace, outcome, _ = start(tmp_path, model, chats, stop_at=stop, how=how, resume=piece > 0, **options)
+        trace, outcome, _ = start(
+            tmp_path, gpt2_with_dropout, chats, stop_at=stop, how=how, resume=piece > 0, **options
+        )
         assert (outcome is None) == (stop is not None)
         rows |= trace.rows
         rates |= trace.lrs
@@ -100,22 +97,22 @@ def test_f1_interrupted_is_straight(
     assert_same_run(folder, tmp_path)
 
 
-def test_the_matrix_has_teeth(tmp_path: Path, straight: Any, model: Path, chats: Path) -> None:
+def test_the_matrix_has_teeth(tmp_path: Path, straight: Any, gpt2_with_dropout: Path, chats: Path) -> None:
     """Another seed, of which everything random follows, is another run."""
     folder, _ = straight("lora", True)
-    start(tmp_path, model, chats, seed=1, **OPTIONS, **TUNERS["lora"])
+    start(tmp_path, gpt2_with_dropout, chats, seed=1, **OPTIONS, **TUNERS["lora"])
     with pytest.raises(AssertionError):
         assert_same_run(folder, tmp_path)
 
 
 @pytest.mark.slow
-def test_f1_two_processes_interrupted_are_straight(tmp_path: Path, model: Path, chats: Path) -> None:
+def test_f1_two_processes_interrupted_are_straight(tmp_path: Path, gpt2_with_dropout: Path, chats: Path) -> None:
     """A signal to the second of two gloo processes, within a step; gone on with by two, and by one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script, tests = Path(__file__).with_name("resume_in_two.py"), Path(__file__).parents[1]
-    words = [sys.executable, script, tmp_path, model, chats, json.dumps(TUNERS)]
+    words = [sys.executable, script, tmp_path, gpt2_with_dropout, chats, json.dumps(TUNERS)]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (tests.parent, tests, tests / "engine")))
     with open(tmp_path / "log", "w") as log:
@@ -135,7 +132,14 @@ def test_f1_two_processes_interrupted_are_straight(tmp_path: Path, model: Path, 
         assert_same_run(straight, tmp_path / tuner / "resumed")
         options = {k: v for k, v in OPTIONS.items() if k in ("tokens_per_step", "tokens_per_batch")}
         trace, *_ = start(
-            tmp_path / tuner / "stopped", model, chats, steps=6, val_every=2, resume=True, **options, **TUNERS[tuner]
+            tmp_path / tuner / "stopped",
+            gpt2_with_dropout,
+            chats,
+            steps=6,
+            val_every=2,
+            resume=True,
+            **options,
+            **TUNERS[tuner],
         )
         assert sorted(trace.rows) == [3, 4, 5]  # the remaining steps; which rows are in a step never depends on ranks
         alone, two = last(tmp_path / tuner / "stopped"), last(straight)

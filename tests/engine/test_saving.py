@@ -16,7 +16,6 @@ import pytest
 import torch
 from lightning import Callback
 from runs import PowerCut, assert_same, assert_same_run, last, metrics, start
-from tiny import chat_rows, write_jsonl
 
 from litft import SFT
 from litft.engine import background
@@ -24,11 +23,6 @@ from litft.engine.background import Background, size_of, to_host
 from litft.engine.checkpoint_files import FILE, complete, is_whole
 from litft.engine.signals import OBEYED, Stopped
 from litft.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(36))
 
 
 class Slow:

@@ -88,6 +88,18 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", chat_rows(24))
 
 
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chats: Path) -> Path:
+    """A run of two steps; to be copied."""
+    from litft.cli.main import main
+
+    folder = tmp_path_factory.mktemp("run") / "run"
+    words = ["--model", tiny_llama, "--data", chats, "--trainer.max_steps", 2, "--out", folder]
+    quick = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--samples.count", "0"]
+    assert main(["finetune", "lora", *map(str, words), *quick]) == 0
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "work"

@@ -122,17 +122,6 @@ def test_a_run_folder_with_a_nul(out: str, tiny_llama: Path, litft: Any, elsewhe
 # ---- links in the folder of a run that somebody else made
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chats: Path) -> Path:
-    from litft.cli.main import main
-
-    folder = tmp_path_factory.mktemp("run") / "run"
-    words = ["--model", tiny_llama, "--data", chats, "--trainer.max_steps", 2, "--out", folder]
-    quick = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--samples.count", "0"]
-    assert main(["finetune", "lora", *map(str, words), *quick]) == 0
-    return folder
-
-
 LINKS = ["run.json", "run.json.partial", "metrics.csv", "config.yaml", "config-until-step-2.yaml", "final"]
 LINKS += ["checkpoints/last", "checkpoints/best", "checkpoints/step-000003", "checkpoints/.step-000003.partial"]
 LINKS += ["checkpoints/step-000002"]

@@ -29,22 +29,10 @@ def unguarded(file: Path) -> Any:
 # ---- checkpoints
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chats: Path) -> Path:
-    """A run of two steps."""
-    from litft.cli.main import main
-
-    folder = tmp_path_factory.mktemp("run") / "run"
-    words = ["--model", tiny_llama, "--data", chats, "--trainer.max_steps", 2, "--out", folder]
-    quick = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--samples.count", "0"]
-    assert main(["finetune", "lora", *map(str, words), *quick]) == 0
-    return folder
-
-
 @pytest.fixture
-def run(stopped: Path, tmp_path: Path) -> Path:
+def run(done: Path, tmp_path: Path) -> Path:
     """A copy, to be tampered with."""
-    return Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+    return Path(shutil.copytree(done, tmp_path / "run", symlinks=True))
 
 
 def state_file(run: Path) -> Path:
