@@ -11,6 +11,9 @@ from typing import Any
 
 from runs import start
 
+STEPS: dict[str, Any] = {"steps": 6, "tokens_per_step": 600, "tokens_per_batch": 160, "val_every": 2}
+"""Of which each process has several micro-batches."""
+
 
 def main(out: Path, model: Path, data: Path, tuners: dict[str, dict[str, Any]]) -> None:
     """Runs `TUNER/straight`, `TUNER/stopped` and `TUNER/resumed` below `out`."""
@@ -20,7 +23,7 @@ def main(out: Path, model: Path, data: Path, tuners: dict[str, dict[str, Any]]) 
     rank = int(os.environ["LOCAL_RANK"])
     for name, tuner in tuners.items():
         folder = out / name
-        options: dict[str, Any] = {"steps": 6, "tokens_per_step": 600, "tokens_per_batch": 160, "val_every": 2, **tuner}
+        options: dict[str, Any] = {**STEPS, **tuner}
         options["trainer"] = {"devices": 2, "strategy": "ddp"}
         start(folder / "straight", model, data, **options)
         how = "signal within" if rank == 1 else "the other process's business"

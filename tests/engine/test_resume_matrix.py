@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resume_in_two import STEPS
 from runs import Trace, assert_same_run, last, start
 
 TUNERS: dict[str, dict[str, Any]] = {
@@ -130,17 +131,7 @@ def test_f1_two_processes_interrupted_are_straight(tmp_path: Path, gpt2_with_dro
         straight = tmp_path / tuner / "straight"
         assert last(tmp_path / tuner / "stopped")["global_step"] == 3
         assert_same_run(straight, tmp_path / tuner / "resumed")
-        options = {k: v for k, v in OPTIONS.items() if k in ("tokens_per_step", "tokens_per_batch")}
-        trace, *_ = start(
-            tmp_path / tuner / "stopped",
-            gpt2_with_dropout,
-            chats,
-            steps=6,
-            val_every=2,
-            resume=True,
-            **options,
-            **TUNERS[tuner],
-        )
+        trace, *_ = start(tmp_path / tuner / "stopped", gpt2_with_dropout, chats, resume=True, **STEPS, **TUNERS[tuner])
         assert sorted(trace.rows) == [3, 4, 5]  # the remaining steps; which rows are in a step never depends on ranks
         alone, two = last(tmp_path / tuner / "stopped"), last(straight)
         assert alone["global_step"] == two["global_step"] == 6
