@@ -83,6 +83,19 @@ def test_a_full_disk_costs_checkpoints_and_never_a_good_one(place: Place) -> Non
     assert_same_run(place.folder / "straight", keep / "a")
 
 
+def test_a_disk_that_is_full_from_the_start_is_said_and_leaves_nothing(place: Place) -> None:
+    disk, keep, size = place.folder / "disk", place.folder / "kept", 64 << 20
+    disk.mkdir()
+    arguments = {"disk": str(disk), "size": str(size), "ballast": size, "keep": str(keep)}
+    code = place.zygote.wait(place.job("on_a_small_disk", place.words(disk / "a"), **arguments))
+    if code == 100:
+        pytest.skip("no tmpfs can be mounted here")
+    before = place.said().split("-- ")[0]
+    assert code == 10, place.said()[-3000:]
+    assert errors(before) == [f"error: {disk / 'a'}: cannot be written: No space left on device"]
+    assert (keep / "a" / "final").is_dir()  # of the second command, which found room and nothing in its way
+
+
 @pytest.mark.parametrize("allowed", [0, 2])
 def test_a_checkpoint_that_cannot_be_written(allowed: int, place: Place) -> None:
     """By a shim: writes of later checkpoints fail as on a full disk. Training goes on, the end says so, exit 1."""
