@@ -110,7 +110,8 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
         )
     except (Stopped, Exception) as error:
         kept = newest(folder / "checkpoints")
-        if isinstance(error, (Stopped, Failed, UserError)) and not (kept or config.resume or _follows()):
+        nothing = not (kept or trainer.global_step)  # to keep: a run that trained leaves its metrics.csv
+        if isinstance(error, (Stopped, Failed, UserError)) and nothing and not (config.resume or _follows()):
             discard(folder)
         if isinstance(error, UserError):
             raise
