@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 EPSILON = 1e-6  # torch's own clipping adds it to the norm
@@ -29,6 +30,8 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if getattr(optimizer, "defaults", {}).get("fused"):
         fused: Any = optimizer
         if any(p.device.type == "cpu" for p in parameters):  # offloaded ones read it at once: no copy on its way

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litft.data.batch import Batch
@@ -43,13 +44,20 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, layers: list[nn.Module], known: set[int]) -> None:
         super().__init__()
-        self.at, self.known = -1, set(known)
+        self.at, self.known, self.here = -1, set(known), set[int]()
         self.saved, self.products, self.inputs = ([0] * (len(layers) + 1) for _ in range(3))
         self.alive: list[Tensor] = []  # storages must not be reused while they are told apart by address
+
+    def gathered(self, module: nn.Module, *_: Any) -> None:
+        """Know a module's weights, which sharded ones only are while it runs."""
+        self.here = {p.untyped_storage().data_ptr() for p in module.parameters() if not isinstance(p, DTensor)}
+        self.here -= self.known
+        self.known |= self.here
 
     def enter(self, index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.at = index
+            self.gathered(layer)
             first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             self.inputs[index] = first.numel() * first.element_size()
 
@@ -57,6 +65,7 @@ class _Watch(TorchDispatchMode):
 
     def leave(self, *_: Any) -> None:
         self.at = -1
+        self.known -= self.here
 
     def pack(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -83,13 +92,15 @@ def measure(model: nn.Module, layers: list[nn.Module], loss: Callable[[Batch], T
         loss: of a micro-batch; called inside the precision's context.
         pack: documents -> micro-batch on the model's device.
     """
-    known = {p.untyped_storage().data_ptr() for p in itertools.chain(model.parameters(), model.buffers())}
+    tensors = (t for t in itertools.chain(model.parameters(), model.buffers()) if not isinstance(t, DTensor))
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     found = []
     for tokens in LENGTHS:
         trained = np.arange(tokens) == tokens - 1
         batch = pack([(np.zeros(tokens, np.int64), trained)])
         watch = _Watch(layers, known)
         handles = [layer.register_forward_pre_hook(watch.enter(i), with_kwargs=True) for i, layer in enumerate(layers)]
+        handles += [model.register_forward_pre_hook(watch.gathered)]
         handles += [layer.register_forward_hook(watch.leave) for layer in layers]
         try:
             with (

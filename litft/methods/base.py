@@ -32,6 +32,7 @@ from litft.tuners.base import Applied, trainable_parameters
 
 if TYPE_CHECKING:
     from litft.models.causal_lm import CausalLM
+    from litft.models.mesh import Parallel
 
 PARTS = (
     "--model.step_in_backward: needs whole gradients at once: one device, one micro-batch a step, no fp16\n"
@@ -84,6 +85,7 @@ class Method(LightningModule):
     balance: float | None
     run_device: torch.device
     in_backward: StepInBackward
+    parallel: Parallel | None
 
     def __init__(
         self,
@@ -209,21 +211,25 @@ class Method(LightningModule):
         """Load the model and apply the tuner, once; Trainer's hook."""
         check_precision(str(self.trainer.precision))
         if not hasattr(self, "net"):
-            self.build(self.trainer.precision, self.trainer.strategy.root_device)
+            strategy: Any = self.trainer.strategy
+            self.build(self.trainer.precision, strategy.root_device, getattr(strategy, "parallel", None))
 
-    def build(self, precision: str = "32-true", device: torch.device | str = "cpu") -> Method:
+    def build(
+        self, precision: str = "32-true", device: torch.device | str = "cpu", parallel: Parallel | None = None
+    ) -> Method:
         """Load the model and apply the tuner; what a Fabric script calls.
 
         Args:
             precision: Lightning's name; a frozen base is stored in its 16-bit type, what is trained in fp32.
             device: where the model will run.
+            parallel: the processes that share its weights, of `litft.engine.fsdp`.
 
         Returns:
             Itself.
         """
         from litft.methods.building import build_model
 
-        build_model(self, str(precision), torch.device(device))
+        build_model(self, str(precision), torch.device(device), parallel)
         return self
 
     def on_fit_start(self) -> None:
@@ -277,7 +283,8 @@ class Method(LightningModule):
             if self.optimizer_name == "auto":
                 self.optimizer_name = "adamw_8bit" if self.memory and self.memory.choice.small_states else "adamw"
         groups = self.tuner.param_groups(self.net.model, self.lr, self.weight_decay)
-        fused = self.compute_dtype != torch.float16
+        # torch has no fused SGD for cut-up weights
+        fused = self.compute_dtype != torch.float16 and not (self.parallel and self.optimizer_name == "sgd")
         optimizer = build_optimizer(self.optimizer_name, groups, self.lr, self.betas, self.weight_decay, fused)
         if self.total_steps is None:
             raise RuntimeError("set total_steps (data.total_steps) before configure_optimizers")

@@ -12,23 +12,30 @@ from litft.methods.memory import keep_on_host
 from litft.models import attention, native
 from litft.models.causal_lm import CausalLM
 from litft.models.cpu import keep_freed_memory
+from litft.models.head import find_head
 from litft.models.extras import use_float8, use_liger
+from litft.models.head import find_head
 from litft.models.load import add_rows, load_model
+from litft.models.shard import shard
 from litft.tuners import LoRA, merge_adapter
 from litft.tuners.low_rank import share_inputs
 from litft.tuners.masters import spread_masters
 
 if TYPE_CHECKING:
     from litft.methods.base import Method
+    from litft.models.mesh import Parallel
 
 
-def build_model(method: Method, precision: str, device: torch.device) -> None:
+def build_model(
+    method: Method, precision: str, device: torch.device, parallel: Parallel | None = None
+) -> None:
     """Set `net`, and what is known once it is there.
 
     Args:
         method: whose model it is.
         precision: Lightning's name.
         device: where the model will run.
+        parallel: the processes that share its weights.
     """
     method.run_device, method.resident_before = device, resident()
     if device.type == "cpu" and not native.use_arena():
@@ -60,8 +67,6 @@ def build_model(method: Method, precision: str, device: torch.device) -> None:
     method.applied = method.tuner.apply(model)
     if adapter is not None and isinstance(method.tuner, LoRA):
         method.tuner.load(model, adapter)
-    if method.fast_lora and isinstance(method.tuner, LoRA):
-        share_inputs(model)
     if masters and method.compute_dtype is torch.bfloat16:
         spread_masters(model)
     if method.float8:
@@ -74,5 +79,12 @@ def build_model(method: Method, precision: str, device: torch.device) -> None:
         raise UserError(f"--model.balance_experts: {method.path} has no experts to balance")
     own = routed if getattr(model.config, "output_router_logits", False) else 0.0
     method.balance = own if method.balance_experts is None else method.balance_experts
-    method.net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=method.fast_loss)
-    method.offloaded = keep_on_host(method, device)
+    method.net = net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=False)
+    method.parallel = parallel
+    if parallel:
+        shard(net, parallel, method.compute_dtype)
+    if method.fast_loss:
+        net.head = find_head(model, net.logits)
+    if method.fast_lora and isinstance(method.tuner, LoRA):
+        share_inputs(model, net.logits)
+    method.offloaded = parallel is None and keep_on_host(method, device)

@@ -73,6 +73,11 @@ class CausalLM(nn.Module):
             found["balance"] = load_balance(router_logits, *documents, self._experts_per_token)
         return found
 
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Logits [rows, tokens, vocabulary] of ids [rows, tokens]; as `forward` the root's, so it gathers weights."""
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
     @property
     def _experts_per_token(self) -> int:
         return self.model.config.num_experts_per_tok

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,7 @@ class Head:
             del self.module.forward
 
 
-def find_head(model: Any) -> Head | None:
+def find_head(model: Any, run: Callable[[Tensor], Tensor] | None = None) -> Head | None:
     """The head of a causal language model, by looking at what its logits are made of.
 
     A forward pass over two tokens, with something random in the place of what reaches the head, is compared with the
@@ -62,6 +62,7 @@ def find_head(model: Any) -> Head | None:
 
     Args:
         model: a transformers model, with its tuner applied.
+        run: makes logits of ids; the model itself by default.
 
     Returns:
         None where no formula fits, or where the head has dropout of its own: its logits are then taken as they are.
@@ -76,17 +77,17 @@ def find_head(model: Any) -> Head | None:
 
     def substitute(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0)).to(args[0])
-        return (hidden * (LARGE / F.linear(hidden, weight).float().std()).to(hidden),)
+        return (hidden * (LARGE / F.linear(hidden, module.weight).float().std()).to(hidden),)
 
     def look(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen["raw"] = output.float()
-        seen["linear"] = F.linear(args[0], weight, getattr(module, "bias", None)).float()
+        seen["linear"] = F.linear(args[0], module.weight, getattr(module, "bias", None)).float()
 
     handles = [module.register_forward_pre_hook(substitute), module.register_forward_hook(look)]
     try:
         with torch.no_grad(), quiet():
             ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
-            logits = model(input_ids=ids, use_cache=False).logits.float()
+            logits = (run(ids) if run else model(input_ids=ids, use_cache=False).logits).float()
     finally:
         for handle in handles:
             handle.remove()

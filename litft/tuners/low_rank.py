@@ -9,7 +9,7 @@ down-projections at once, and a frozen weight gets no gradient. The formulas are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ def _outputs(layers: list[Any], x: Tensor) -> list[Tensor]:
     return low_rank_linears(x, _expanded(bases, x.dtype), biases, down, ups, scales)[:-1]
 
 
-def share_inputs(model: Any) -> int:
+def share_inputs(model: Any, run: Callable[[Tensor], object] | None = None) -> int:
     """Let the LoRA layers of a model be computed by the fused operator, those with the same input together.
 
     Which these are shows in a forward pass over two tokens: layers of one parent, called one after another with the
@@ -188,6 +188,7 @@ def share_inputs(model: Any) -> int:
 
     Args:
         model: a transformers model with LoRA applied.
+        run: runs it over ids; by default it is called.
 
     Returns:
         The number of layers taken.
@@ -205,7 +206,8 @@ def share_inputs(model: Any) -> int:
     try:
         with torch.no_grad():
             device = next(model.parameters()).device
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            run(ids) if run else model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,171 @@
+"""FSDP2 under Trainer and under Fabric: where the processes' groups are made, and what is theirs of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallel
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import nn
+
+from litft.models.mesh import Parallel, Sizes
+
+
+class _Shared:
+    """What both have in common: the options, and the groups made of them."""
+
+    world_size: int
+    root_device: torch.device
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        replicate: int = 1,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool = True,
+        hold_gradients: bool = False,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        self.tensor, self.context, self.replicate = tensor_parallel_size, context_parallel_size, replicate
+        self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
+        self.hold_gradients, self.timeout = hold_gradients, timedelta(minutes=timeout_minutes)
+        self._parallel: Parallel | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """The groups' sizes.
+
+        Raises:
+            UserError: they don't divide the number of processes.
+        """
+        sizes = Sizes(self.world_size, self.tensor, self.context, self.replicate)
+        sizes.check()
+        return sizes
+
+    @property
+    def parallel(self) -> Parallel:
+        """The groups; made at the first call, which every process makes."""
+        if self._parallel is None:
+            options = {"cpu_offload": self.cpu_offload, "reshard_after_forward": self.reshard_after_forward}
+            self._parallel = Parallel.make(self.sizes, self.root_device, **options)
+        return self._parallel
+
+
+class FSDP(_Shared, ModelParallelStrategy):
+    """Weights, gradients and the optimizer's states cut over all processes (FSDP2), for Trainer.
+
+    Args:
+        tensor_parallel_size: processes that share each layer's products, on one machine.
+        context_parallel_size: processes that share the tokens of each micro-batch, for very long rows.
+        replicate: groups of processes that each hold all weights between them, such as one a machine (HSDP).
+        cpu_offload: keep weights, gradients and the optimizer's states in the host's memory.
+        reshard_after_forward: gather each layer again in the backward pass; false takes more memory and less exchange.
+        hold_gradients: exchange gradients once an optimizer step and not once a micro-batch; takes their whole size.
+        timeout_minutes: that processes wait for each other before the run ends.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        replicate: int = 1,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool = True,
+        hold_gradients: bool = False,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        ModelParallelStrategy.__init__(self, timeout=timedelta(minutes=timeout_minutes))
+        _Shared.__init__(
+            self,
+            tensor_parallel_size,
+            context_parallel_size,
+            replicate,
+            cpu_offload,
+            reshard_after_forward,
+            hold_gradients,
+            timeout_minutes,
+        )
+
+    def setup_environment(self) -> None:
+        """Meet the other processes; make the groups."""
+        self._setup_distributed()
+        self._device_mesh = self.parallel.weights
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How rows are shared out; the plan has done that."""
+        sizes = self.sizes
+        return {"num_replicas": sizes.data, "rank": sizes.data_rank(self.global_rank)}
+
+    def model_to_device(self) -> None:
+        """Each weight is where it belongs since it was cut."""
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients whole and to oneself until a backward pass outside of the context, where that is asked for."""
+        net: Any = self.lightning_module.net  # type: ignore[union-attr]
+        net.set_requires_gradient_sync(not self.hold_gradients)
+        try:
+            yield
+        finally:
+            net.set_requires_gradient_sync(True)
+
+    # ---- checkpoints: every process has its part of what is trained, and hands that to the CheckpointIO
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """What is trained is read when the model is there, as by other strategies."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Trainer hands the optimizer its state, as by other strategies."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is trained, this process's part of each tensor."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state, this process's part."""
+        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write this process's part."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read what this process needs."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give the optimizers their state, where they keep it."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+class FabricFSDP(_Shared, FabricModelParallel):
+    """As `FSDP`, for Fabric: `method.build(precision, fabric.device, fabric.strategy.parallel)` cuts the model up."""
+
+    def __init__(self, **options: Any) -> None:
+        FabricModelParallel.__init__(self, parallelize_fn=_as_it_is)
+        _Shared.__init__(self, **options)
+        self._timeout = self.timeout
+
+    def setup_environment(self) -> None:
+        """Meet the other processes."""
+        self._setup_distributed()
+        self._device_mesh = self.parallel.weights
+
+
+def _as_it_is(module: nn.Module, mesh: Any) -> nn.Module:
+    return module
