@@ -16,7 +16,7 @@ from litft.models.head import find_head
 from litft.models.extras import use_float8, use_liger
 from litft.models.head import find_head
 from litft.models.load import add_rows, load_model
-from litft.models.shard import shard
+from litft.models.shard import let_go, shard
 from litft.tuners import LoRA, merge_adapter
 from litft.tuners.low_rank import share_inputs
 from litft.tuners.masters import spread_masters
@@ -87,4 +87,5 @@ def build_model(
         net.head = find_head(model, net.logits)
     if method.fast_lora and isinstance(method.tuner, LoRA):
         share_inputs(model, net.logits)
+    let_go(net)
     method.offloaded = parallel is None and keep_on_host(method, device)

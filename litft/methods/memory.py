@@ -17,6 +17,7 @@ from litft.errors import UserError
 from litft.methods.compiling import wants_compiling
 from litft.models.compiled import layers_of
 from litft.models.recompute import all_kept, keep_less
+from litft.models.shard import let_go
 from litft.tuners.quant import storage_bytes
 
 if TYPE_CHECKING:
@@ -220,4 +221,6 @@ def _measured(method: Method, layers: list[Any], device: torch.device) -> Kept:
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
 
     with all_kept(layers):
-        return measure(method.net.model, layers, method.loss, batch)
+        kept = measure(method.net.model, layers, method.loss, batch)
+    let_go(method.net)
+    return kept

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from litft.models.compiled import layers_of
 
@@ -36,13 +43,24 @@ def shard(net: nn.Module, parallel: Parallel, compute_dtype: torch.dtype | None)
         fully_shard(layer, mp_policy=cast, reshard_after_forward=parallel.reshard_after_forward, **options)
     fully_shard(net, mp_policy=plain, **options)
     register_fsdp_forward_method(net, "logits")
+    net.register_forward_hook(_let_go)
     for before, layer in zip(layers, layers[1:], strict=False):  # the next layer's weights come while this one runs
         before.set_modules_to_forward_prefetch([layer])  # type: ignore[operator]
         layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
 
 
+def _let_go(net: Any, *_: Any) -> None:
+    """The root keeps its weights gathered for a backward pass; where none comes, nobody would cut them again."""
+    if not torch.is_grad_enabled():
+        net.reshard()
+
+
+def let_go(net: nn.Module) -> None:
+    """Cut the root's weights again after passes that had no backward pass; only then are parameters what learns."""
+    if isinstance(net, FSDPModule):
+        net.reshard()
+
+
 def is_sharded(net: nn.Module) -> bool:
     """Whether `shard` has been called."""
-    from torch.distributed.fsdp import FSDPModule
-
     return isinstance(net, FSDPModule)
