@@ -125,7 +125,8 @@ def test_losses_and_weights_equal_transformers(
     assert mine.norms == pytest.approx(norms, rel=1e-3)
     if tuner == "full":
         theirs = {name: p.detach() for name, p in model.named_parameters()}
-        assert difference(mine.weights, theirs) < 1e-5
+        # AdamW divides gradients by their own size, so that what rounding makes of small ones shows; 2e-5 on some CPUs
+        assert difference(mine.weights, theirs) < 5e-5
 
 
 def peft_twin(model: Any, start: dict[str, torch.Tensor]) -> Any:
