@@ -16,6 +16,7 @@ _HOMES = {
     "Tuner": "litft.tuners",
     "ChatData": "litft.data.chat",
     "Checkpoints": "litft.engine.checkpoints",
+    "FSDP": "litft.engine.fsdp",
     "StepMetrics": "litft.engine.metrics",
     "UserError": "litft.errors",
     "DataError": "litft.errors",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from litft.data.chat import ChatData as ChatData
     from litft.engine.checkpoints import Checkpoints as Checkpoints
+    from litft.engine.fsdp import FSDP as FSDP
     from litft.engine.metrics import StepMetrics as StepMetrics
     from litft.errors import DataError as DataError
     from litft.errors import UserError as UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litft.cli import keys
-from litft.cli.keys import OPEN, SWITCHES, TUNERS
+from litft.cli.keys import FSDP, OPEN, SWITCHES, TUNERS
 from litft.engine.secrets import HIDDEN
 from litft.errors import UserError
 
@@ -55,7 +55,8 @@ def expand(argv: list[str], command_tuner: str | None) -> list[str]:
     _refuse_twice([key for key, _ in flags if key != "config"])
     tuner = _tuner(said, command_tuner)
     said = [_plain(entry) for entry in said if entry.key not in ("model.tuner", "model.tuner.class_path")]
-    keys.check([(entry.key, entry.where) for entry in said], tuner)
+    said, sharded = _strategy(said)
+    keys.check([(entry.key, entry.where) for entry in said], tuner, sharded)
     words = [f"--model.tuner={TUNERS.get(tuner, tuner)}"] if tuner else []
     said = _last(said)
     _refuse_hidden(said)
@@ -150,6 +151,25 @@ def _tuner(said: list[Said], command_tuner: str | None) -> str | None:
                 )
             tuner = name or text
     return tuner
+
+
+def _strategy(said: list[Said]) -> tuple[list[Said], bool]:
+    """`fsdp` as the class that it is, before its options, which imply it; and whether that is the strategy."""
+    named = [entry for entry in said if entry.key == "trainer.strategy"]
+    options = [entry for entry in said if entry.key.startswith("trainer.strategy.")]
+    if options and not named:
+        named = [Said("trainer.strategy", "fsdp", options[0].where)]
+    if not named:
+        return said, False
+    last, rest = named[-1], [entry for entry in said if not f"{entry.key}.".startswith("trainer.strategy.")]
+    text, arguments = str(last.value), {}
+    if text.startswith("{") and FSDP in text.replace(".engine.fsdp.", "."):  # as a saved configuration has it
+        arguments = json.loads(text).get("init_args") or {}
+    elif text.lower() not in ("fsdp", "fsdp2"):
+        return [*rest, last, *options], False
+    own = [Said(f"trainer.strategy.{key}", json.dumps(value), last.where) for key, value in arguments.items()]
+    options = [Said(e.key.replace(".init_args.", "."), e.value, e.where) for e in options]
+    return [*rest, Said(last.key, json.dumps({"class_path": FSDP}), last.where), *own, *options], True
 
 
 def _plain(entry: Said) -> Said:

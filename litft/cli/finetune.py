@@ -329,7 +329,7 @@ KEPT: dict[str, tuple[tuple[Any, ...], str, str]] = {
 """Trainer flags that stay as they are: the values allowed, the reason, and what to set instead."""
 STRATEGIES = {
     r"ddp_?(spawn|fork|notebook)": "its processes end with the training, before final/ is written",
-    r"(fsdp|deepspeed|model_?parallel)": "it cuts the model's weights up, and litft saves and answers with whole ones",
+    r"(fsdp\w|deepspeed|model_?parallel)": "litft cuts weights up in its own way, which is torch's FSDP2",
     r"(single_?)?xla|single_?tpu": "litft does not train on TPUs",
 }
 """Beginnings of the names, and of the class names, of strategies that are refused."""
@@ -354,7 +354,7 @@ def check_trainer(config: Any) -> None:
     for pattern, reason in STRATEGIES.items():
         method = arguments.get("start_method", "popen")
         if re.match(pattern, strategy, re.IGNORECASE) or re.match(pattern, f"ddp_{method}"):
-            raise UserError(f"--trainer.strategy {strategy}: {reason}\nmend: --trainer.strategy auto or ddp")
+            raise UserError(f"--trainer.strategy {strategy}: {reason}\nmend: --trainer.strategy auto, ddp or fsdp")
     for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]:
         name, _ = _class_of(callback)
         if name in CALLBACKS:

@@ -34,6 +34,7 @@ OPTIONS = {
     "lora": [("litft", "tuners/lora.py", "LoRA")],
     "qlora": [("litft", "tuners/qlora.py", "QLoRA"), ("litft", "tuners/lora.py", "LoRA")],
 }
+FSDP, FSDP_OPTIONS = "litft.FSDP", ("litft", "engine/fsdp.py", "FSDP")
 OPEN = ("trainer.logger", "trainer.callbacks", "trainer.strategy", "trainer.plugins", "trainer.profiler", "data.val")
 """Keys whose values have keys of their own, which only their class knows."""
 
@@ -69,18 +70,26 @@ def known(tuner: str | None) -> tuple[frozenset[str], tuple[str, ...]]:
     return frozenset(found), tuple(opened)
 
 
-def check(keys: Iterable[tuple[str, str]], tuner: str | None) -> None:
+def check(keys: Iterable[tuple[str, str]], tuner: str | None, sharded: bool = False) -> None:
     """Refuse keys that nothing takes, naming the nearest that something does.
 
     Args:
         keys: dotted keys, each with where it was said (a flag, or file and line).
         tuner: as in `known`.
+        sharded: whether the strategy is fsdp.
 
     Raises:
         UserError: for the first unknown key.
     """
     valid, opened = known(tuner)
     for key, where in keys:
+        if key.startswith("trainer.strategy.") and sharded:
+            own = parameters(*FSDP_OPTIONS) or ()
+            if (name := key.removeprefix("trainer.strategy.").removeprefix("init_args.")) not in (*own, "class_path"):
+                near = nearest(name, own)
+                hint = f"; did you mean --trainer.strategy.{near.removeprefix('--')}?" if near else ""
+                raise UserError(f"{where}: fsdp has no option {name}{hint}\nit has: {', '.join(own)}")
+            continue
         if key in valid or any(key == group or key.startswith(f"{group}.") for group in opened):
             continue
         near = nearest(key, valid)

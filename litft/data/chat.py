@@ -31,6 +31,7 @@ from litft.data.tokens import TokenStore
 from litft.errors import UserError
 from litft.models.alias import cache_dir
 from litft.models.load import add_to_tokenizer
+from litft.models.mesh import data_ranks
 
 DEFAULT_MAX_LENGTH = 4096
 TRAINERS_OWN_EPOCHS = 1000  # what Trainer takes where nothing is said
@@ -121,12 +122,13 @@ class ChatData(LightningDataModule):
             _check_limits(trainer)
         elif self.plan is not None:  # validation after training: nothing is planned anew
             return
+        ranks, rank = data_ranks(trainer)
         self.prepare(
             trainer.lightning_module,
             max_epochs=trainer.max_epochs if stage == "fit" else 1,
             max_steps=trainer.max_steps if stage == "fit" else None,
-            ranks=trainer.world_size,
-            rank=trainer.global_rank,
+            ranks=ranks,
+            rank=rank,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         trainer.reload_dataloaders_every_n_epochs = 1  # epochs may differ in their number of steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -18,6 +19,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from litft.engine import checkpoint_files as files
+from litft.engine import part_files
 from litft.engine.room import host_memory_left
 
 PLAIN = (int, float, bool, str, type(None))
@@ -39,6 +41,7 @@ class Background(TorchCheckpointIO):
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: tuple[Path, Exception] | None = None
+        self.pending: functools.partial[None] | None = None  # what is to follow once all processes have written their parts
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Begin to write; the one before is waited for.
@@ -47,7 +50,9 @@ class Background(TorchCheckpointIO):
             checkpoint: of the Trainer.
             path: of the file; its folder is made.
             storage_options: `then`, what to call after the file is on the disk; `now`, to wait for that; `leave`, to
-                raise `Left` at the end. Without `then` it is written as Lightning writes.
+                raise `Left` at the end. Without `then` it is written as Lightning writes. Where each process writes a
+                part: `parts` and the name of their `file`; `then` is left in `pending`, and only the first process, of
+                which `alone` is true, writes the checkpoint itself.
 
         Raises:
             Left: asked for by `leave`: the way out of `Trainer.save_checkpoint` without meeting other processes.
@@ -56,16 +61,30 @@ class Background(TorchCheckpointIO):
         if "then" not in options:  # somebody else's, who counts on its being there
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        then, path = options["then"], Path(path)
+        then, path, parts = options["then"], Path(path), options.get("parts")
         self._join()
-        if options.get("now") or host_memory_left() < SPARE * size_of(checkpoint):
-            self._try(checkpoint, path, then)
+        content: dict[str, Any] = {} if parts is None else {options["file"]: parts}
+        if parts is None or options["alone"]:
+            content[path.name] = checkpoint
+        if parts is not None:
+            then, self.pending = None, then
+        if options.get("now") or host_memory_left() < SPARE * size_of(content):
+            self._try(content, path, then)
         else:
-            copy = to_host(checkpoint)
+            copy = to_host(content)
             self._thread = threading.Thread(target=self._try, args=(copy, path, then), name="checkpoint")
             self._thread.start()
         if options.get("leave"):
             raise Left
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """A checkpoint with whole tensors, whoever wrote it."""
+        return load(Path(path), whole=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> tuple[Path, Exception] | None:
         """Return once nothing is being written; the file that the last one should have become, and why it didn't."""
@@ -78,39 +97,55 @@ class Background(TorchCheckpointIO):
             self._thread.join()
             self._thread = None
 
-    def _try(self, checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+    def _try(self, content: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
         try:
-            _write(checkpoint, path, then)
+            _give_way()
+            made = not path.parent.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                for name, value in content.items():
+                    _write(path.with_name(name), value, as_parts=name != path.name)
+            except BaseException:
+                for name in content:  # the room they take may be what the rest of the run lacks
+                    for written in (path.with_name(name), files.sum_of(path.with_name(name))):
+                        written.unlink(missing_ok=True)
+                if made:
+                    with contextlib.suppress(OSError):  # another process's part is there
+                        path.parent.rmdir()
+                raise
+            if then:
+                then()
         except Exception as error:
             self._error = path, error
 
 
-def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
-    _give_way()
-    made = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _File(io.FileIO(path, "w")) as file:
-            try:
-                with _no_sums_inside():
-                    torch.save(checkpoint, file)
-            except RuntimeError:
-                if file.error is None:
-                    raise
-                raise file.error from None
-            file.flush()
-            os.fsync(file.fileno())
-        check = files.sum_of(path)
-        check.write_text(f"{file.digest.hexdigest()}  {path.name}\n")
-        files.to_disk(check)
-    except BaseException:
-        for written in (path, files.sum_of(path)):  # the room they take may be what the rest of the run lacks
-            written.unlink(missing_ok=True)
-        if made:
-            path.parent.rmdir()
-        raise
-    if then:
-        then()
+def _write(path: Path, value: Any, as_parts: bool) -> None:
+    with _File(io.FileIO(path, "w")) as file:
+        try:
+            with _no_sums_inside():
+                part_files.write(file, value) if as_parts else torch.save(value, file)
+        except RuntimeError:
+            if file.error is None:
+                raise
+            raise file.error from None
+        file.flush()
+        os.fsync(file.fileno())
+    check = files.sum_of(path)
+    check.write_text(f"{file.digest.hexdigest()}  {path.name}\n")
+    files.to_disk(check)
+
+
+def load(path: Path, whole: bool = False) -> dict[str, Any]:
+    """Read a checkpoint, whoever wrote it.
+
+    Args:
+        path: of its file.
+        whole: read all tensors; else those of parts' files are `part_files.Saved`, and the others mapped into memory.
+    """
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+    if "parts" in checkpoint:
+        part_files.put_back(checkpoint, path.parent, whole)
+    return checkpoint
 
 
 def _give_way() -> None:

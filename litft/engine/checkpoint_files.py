@@ -9,6 +9,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from litft.engine import part_files
+
 FILE = "state.ckpt"
 _NAME = re.compile(r"step-(\d+)")
 
@@ -46,14 +48,26 @@ def sum_of(file: Path) -> Path:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a checkpoint's file has the bytes that were written; without its checksum, whether it has an end."""
+    """Whether a checkpoint's files have the bytes that were written; without a checksum, whether there is an end."""
     try:
-        if sum_of(file).exists():
-            with open(file, "rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest() == sum_of(file).read_text().split()[0]
-        return zipfile.is_zipfile(file)
+        if not part_files.complete(file.parent):
+            return False
+        for part in part_files.files_in(file.parent):
+            if not _as_written(part):
+                return False
+        return _as_written(file) if sum_of(file).exists() else zipfile.is_zipfile(file)
     except (OSError, ValueError, IndexError):  # a checksum that is no text, say
         return False
+
+
+def is_written(half: Path, processes: int) -> bool:
+    """Whether all processes are done with a checkpoint that they write in parts."""
+    return len(list(half.glob("*.sha256"))) == processes + 1
+
+
+def _as_written(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == sum_of(file).read_text().split()[0]
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
 import sys
 import time
 from collections.abc import Collection
@@ -123,7 +124,9 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Between two steps: the place where states are saved and signals obeyed."""
         step = trainer.global_step
-        stop = self._agreed_signal(trainer)
+        stop, writing = self._agreed(trainer)
+        if self._writer.pending and not writing:
+            self._say_failure(trainer)
         due = bool(self.every_steps and step % self.every_steps == 0)
         if self.every_minutes and not due:
             late = time.monotonic() - self._saved_at > 60 * self.every_minutes
@@ -131,7 +134,7 @@ class Checkpoints(Checkpoint):
         if step > max(0, self._saved_step) and (due or stop or self._improved):
             self.save(trainer, now=bool(stop))
         if stop:
-            self._stop(stop, step)
+            self._stop(trainer, stop)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the last step, ask for the validation that Trainer would leave out in mid-epoch."""
@@ -153,12 +156,12 @@ class Checkpoints(Checkpoint):
         """Save the last step."""
         if trainer.global_step > self._saved_step or self._improved:
             self.save(trainer, now=True)
+        self._close(trainer)
         trainer.strategy.barrier("checkpoint")  # the others read what the first has written
-        self._close()
         if self.signals:
             self.signals.deferred = False
-        if stop := self._agreed_signal(trainer):
-            self._stop(stop, trainer.global_step)
+        if stop := self._agreed(trainer)[0]:
+            self._stop(trainer, stop)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the steps done, if their state is still there."""
@@ -168,24 +171,24 @@ class Checkpoints(Checkpoint):
         if step >= (pl_module.total_steps or sys.maxsize):  # its validation could not be made up for
             whole = whole and not self._owes_validation(trainer, pl_module)
         try:
-            if whole and step > max(0, self._saved_step):
+            if whole and step > max(0, self._saved_step) and not in_parts(trainer):
                 self.save(trainer, now=True, alone=True)
-            self._close()
+            self._close(trainer, alone=True)
         except Exception as error:  # must not stand before what ended the run
             print(f"no checkpoint of step {step}: {error}", file=sys.stderr)
 
-    def _stop(self, number: int, step: int) -> None:
+    def _stop(self, trainer: Trainer, number: int) -> None:
         assert self.folder is not None
-        self._close()
-        raise Stopped(number, step, self.folder.parent if files.newest(self.folder) else None)
+        self._close(trainer)
+        raise Stopped(number, trainer.global_step, self.folder.parent if files.newest(self.folder) else None)
 
-    def _agreed_signal(self, trainer: Trainer) -> int | None:
-        """The signal to obey, if any process was given one; the same answer on every rank."""
+    def _agreed(self, trainer: Trainer) -> tuple[int | None, bool]:
+        """The signal to obey, and whether a checkpoint is being written, in any process; the same on every rank."""
         noted = self.signals.noted if self.signals else None
         if trainer.world_size == 1:
-            return noted
-        flag = torch.tensor(noted or 0, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(flag, reduce_op="max")) or None
+            return noted, self._writer.busy
+        signal, writing = _greatest(trainer, noted or 0, self._writer.busy)
+        return signal or None, bool(writing)
 
     # ---- what
 
@@ -201,7 +204,7 @@ class Checkpoints(Checkpoint):
         if alone and not trainer.is_global_zero:
             return
         began, step = time.perf_counter(), trainer.global_step
-        self._say_failure()
+        self._say_failure(trainer)
         place = files.place_of(self.folder, step)
         best = files.place_of(self.folder, self.best[1]) if self.best else None
         finish = functools.partial(_finish, files.half_of(place), place, best, self.keep_last)
@@ -213,24 +216,48 @@ class Checkpoints(Checkpoint):
         for metrics in (c for c in trainer.callbacks if isinstance(c, StepMetrics)):  # type: ignore[attr-defined]
             metrics.leave_out(time.perf_counter() - began)
 
-    def _say_failure(self) -> None:
+    def _settled(self, trainer: Trainer, alone: bool = False) -> tuple[Path, Exception] | None:
+        """Wait for the last checkpoint; one in parts gets its name once every process has written its own.
+
+        Args:
+            trainer: whose processes do so.
+            alone: don't meet the others; what lies on the disk says whether they have.
+        """
+        error, then = self._writer.wait(), self._writer.pending
+        if then is None:
+            return error
+        self._writer.pending = None
+        half = then.args[0]
+        if not alone and _greatest(trainer, error is not None)[0]:
+            if trainer.is_global_zero:
+                shutil.rmtree(half, ignore_errors=True)
+            error = error or (half / files.FILE, OSError("another process could not write its part of it"))
+        elif trainer.is_global_zero and (not alone or files.is_written(half, trainer.world_size)):
+            try:
+                then()
+            except OSError as failed:
+                error = half / files.FILE, failed
+        return error
+
+    def _say_failure(self, trainer: Trainer) -> None:
         """Say of the last checkpoint that it isn't there, where that is so; training goes on."""
-        if not (error := self._writer.wait()):
+        if not (error := self._settled(trainer)):
             return
-        print(f"{self._why(*error)}; training goes on", file=sys.stderr)
+        if trainer.is_global_zero:
+            print(f"{self._why(*error)}; training goes on", file=sys.stderr)
         assert self.folder is not None
         lost, _ = error
         if self.best and lost.parent == files.half_of(files.place_of(self.folder, self.best[1])):
             while self.best and self.best_file() is None:  # the best before it is still there
                 self.best = self._bests.pop() if self._bests else None
 
-    def _close(self) -> None:
+    def _close(self, trainer: Trainer, alone: bool = False) -> None:
         """Wait for the last checkpoint.
 
         Raises:
             Failed: it could not be written.
         """
-        if error := self._writer.wait():
+        if error := self._settled(trainer, alone):
             raise Failed(f"{self._why(*error)}\nmend: make room there, then the same command with --resume")
 
     def _why(self, path: Path, error: Exception) -> str:
@@ -344,6 +371,17 @@ def _finish(half: Path, place: Path, best: Path | None, keep_last: int) -> None:
     if best is not None and best.is_dir():
         files.link(place.parent, "best", best.name)
     files.prune(place.parent, keep_last, best)
+
+
+def in_parts(trainer: Trainer) -> bool:
+    """Whether each process has a part of what is saved, so that none can save alone."""
+    return getattr(trainer.strategy, "parallel", None) is not None
+
+
+def _greatest(trainer: Trainer, *numbers: int) -> list[int]:
+    """The greatest of each number that any process has."""
+    flags = torch.tensor(numbers, dtype=torch.int64, device=trainer.strategy.root_device)
+    return [int(flag) for flag in trainer.strategy.reduce(flags, reduce_op="max").tolist()]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from litft.data.chat import ChatData
+from litft.engine.background import load
 from litft.engine.checkpoint_files import half_written, is_whole, newest_whole, step_of, tidy
-from litft.engine.checkpoints import Checkpoints
+from litft.engine.checkpoints import Checkpoints, in_parts
 from litft.engine.console import Console, plan_lines
 from litft.engine.metrics import MetricsCSV, StepMetrics, peak_memory_gb
 from litft.engine.peers import Watch, dead_worker, watch
@@ -28,6 +29,7 @@ from litft.engine.speed import Speed, speed_of
 from litft.errors import Failed, UserError
 from litft.methods.base import Method
 from litft.models import native
+from litft.models.mesh import data_ranks
 from litft.models.quiet import quiet
 
 VALIDATIONS = 4  # during a run, where nothing is said
@@ -60,12 +62,13 @@ class Outcome:
 
 def plan(method: Method, data: ChatData, trainer: Trainer) -> dict[str, Any]:
     """Encode, plan, and count: what `--dry_run` shows. Does not load the model."""
+    ranks, rank = data_ranks(trainer)
     data.prepare(
         method,
         max_epochs=trainer.max_epochs,
         max_steps=trainer.max_steps,
-        ranks=trainer.world_size,
-        rank=trainer.global_rank,
+        ranks=ranks,
+        rank=rank,
         pin_memory=trainer.strategy.root_device.type == "cuda",
     )
     return data.summary() | {"model": method.path, "tuner": method.tuner.name, "lr": method.lr}
@@ -339,7 +342,7 @@ def _finish(
                     "mend: the same command with --resume --checkpoint.final last takes those of the last step"
                 )
             try:
-                state = torch.load(best_file, map_location="cpu", weights_only=True)
+                state = load(best_file)
             except pickle.UnpicklingError:
                 raise _more_than_data(best_file) from None
             method.tuner.load_trainable_state(method.net.model, state["state_dict"])
@@ -350,10 +353,9 @@ def _finish(
         else:
             reason = "the Trainer was told to (--trainer.max_time, say)"
         outcome.stopped = f"stopped early, after step {last} of {data.total_steps}: {reason}"
-    if not trainer.is_global_zero:
-        return outcome
-    with quiet():
-        method.save(folder / "final")
+    if trainer.is_global_zero or in_parts(trainer):
+        with quiet():
+            method.save(folder / "final")
     return outcome
 
 

@@ -154,7 +154,7 @@ class Method(LightningModule):
         self.offloaded, self.loading_bytes, self.resident_before = False, 0, 0.0
         self.compiled = Compiled()
         self.grad_norm: Tensor | None = None
-        self._trained: list[tuple[str, torch.nn.Parameter]] = []
+        self.trained: list[tuple[str, torch.nn.Parameter]] = []
         self.mid_step = False  # whether weights have moved that belong to an optimizer step not yet done
         self._sums: dict[int, Tensor] = {}
 
@@ -299,7 +299,7 @@ class Method(LightningModule):
 
     def on_train_start(self) -> None:
         """Note what is trained, as finding it takes time that each checkpoint would take; Trainer's hook."""
-        self._trained = list(trainable_parameters(self.net.model))
+        self.trained = list(trainable_parameters(self.net.model))
         if self.offloaded:  # their optimizer's state, which Trainer has moved to the run's device, belongs beside them
             for parameter, state in self.optimizers(use_pl_optimizer=False).state.items():  # type: ignore[union-attr]
                 state.update({k: v.to(parameter.device) for k, v in state.items() if isinstance(v, Tensor)})
@@ -400,7 +400,7 @@ class Method(LightningModule):
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
         """What is trained, by its name in the model and detached: all that a checkpoint has to hold."""
-        state = {name: p.detach() for name, p in self._trained} or self.tuner.trainable_state(self.net.model)
+        state = {name: p.detach() for name, p in self.trained} or self.tuner.trainable_state(self.net.model)
         found = {} if destination is None else destination
         found.update({prefix + name: tensor for name, tensor in state.items()})
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from litft.errors import UserError
@@ -61,6 +61,14 @@ class Sizes:
         return self.world // (self.tensor * self.replicate)
 
 
+def data_ranks(trainer: Any) -> tuple[int, int]:
+    """How many processes of a Trainer's run have rows of their own, and which of them this is."""
+    sizes: Sizes | None = getattr(trainer.strategy, "sizes", None)
+    if sizes is None:
+        return trainer.world_size, trainer.global_rank
+    return sizes.data, sizes.data_rank(trainer.global_rank)
+
+
 @dataclass(frozen=True)
 class Parallel:
     """The groups that this process belongs to, and how it shards.
@@ -78,7 +86,6 @@ class Parallel:
     tokens: DeviceMesh
     cpu_offload: bool = False
     reshard_after_forward: bool = True
-    splits: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def make(cls, sizes: Sizes, device: torch.device, **options: Any) -> Parallel:

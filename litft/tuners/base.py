@@ -162,11 +162,16 @@ def copy_exactly(into: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], 
     """
     import torch
 
+    from litft.models.parts import part_of, put
+
+    def whole(name: str) -> tuple[int, ...]:
+        return part_of(into[name]).shape
+
     missing, unexpected = sorted(into.keys() - state.keys()), sorted(state.keys() - into.keys())
     shapes = [
-        f"{name}: {tuple(state[name].shape)} in the {source}, {tuple(into[name].shape)} here"
+        f"{name}: {tuple(state[name].shape)} in the {source}, {whole(name)} here"
         for name in sorted(into.keys() & state.keys())
-        if state[name].shape != into[name].shape
+        if tuple(state[name].shape) != whole(name)
     ]
     if missing or unexpected or shapes:
         lines = [f"the {source} does not fit this model and tuner:"]
@@ -177,4 +182,4 @@ def copy_exactly(into: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], 
         raise UserError("\n".join(lines))
     with torch.no_grad():
         for name, param in into.items():
-            param.copy_(state[name])
+            put(param, state[name])

@@ -1,0 +1,186 @@
+"""Checkpoints of many processes: a safetensors file of each, with the place of every tensor's part in the whole.
+
+The places stand in the file's header as torch.distributed.checkpoint's `HuggingFaceStorageReader` reads them. There is no
+pickle among them, and any number of processes can read what any other number has written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from litft.models.parts import Part, local, part_of
+
+PATTERN = "part-*.safetensors"
+PLACES = "DCP_SHARDING_INFO"
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def name_of(rank: int, world: int) -> str:
+    """The file of a process."""
+    return f"part-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The parts' files of a checkpoint."""
+    return sorted(folder.glob(PATTERN))
+
+
+def complete(folder: Path) -> bool:
+    """Whether the file of each process is there, or nobody has written any."""
+    found = files_in(folder)
+    return not found or [path.name for path in found] == [name_of(rank, len(found)) for rank in range(len(found))]
+
+
+def write(file: BinaryIO, tensors: Mapping[str, tuple[Tensor, Part]]) -> None:
+    """Write a process's parts.
+
+    Args:
+        file: to write to.
+        tensors: name to a tensor and its place in the whole.
+    """
+    places = {name: {"saved_offsets": list(part.offsets)} for name, (_, part) in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", PLACES: json.dumps(places)}}
+    end = 0
+    for name, (tensor, _) in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor, _ in tensors.values():
+        if tensor.numel():
+            file.write(memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+
+
+class Saved:
+    """A tensor that lies in several files.
+
+    Args:
+        boxes: file, offsets and sizes of each part.
+        name: of the tensor.
+    """
+
+    def __init__(self, name: str, boxes: list[tuple[Path, tuple[int, ...], tuple[int, ...]]]) -> None:
+        self.name, self.boxes = name, boxes
+        ends = [[o + s for o, s in zip(offsets, sizes, strict=True)] for _, offsets, sizes in boxes]
+        self.shape = tuple(map(max, zip(*ends, strict=True))) if ends[0] else ()
+
+    def read(self, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """A box of it, from those files that hold some of it.
+
+        Raises:
+            ValueError: part of it is in no file.
+        """
+        found: Tensor | None = None
+        filled = 0
+        for path, begin, length in self.boxes:
+            spans = [_common(o, s, b, n) for o, s, b, n in zip(offsets, sizes, begin, length, strict=True)]
+            if any(start >= end for start, end in spans):
+                continue
+            with safe_open(path, framework="pt") as file:
+                part = file.get_slice(self.name)
+                inner = tuple(slice(start - b, end - b) for (start, end), b in zip(spans, begin, strict=True))
+                read = part[inner] if inner else file.get_tensor(self.name)
+            found = read.new_empty(tuple(sizes)) if found is None else found
+            found[tuple(slice(start - o, end - o) for (start, end), o in zip(spans, offsets, strict=True))] = read
+            filled += read.numel()
+        if found is None or filled != math.prod(sizes):
+            raise ValueError(f"{self.name}: a part of it is missing")
+        return found
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        return self.read((0,) * len(self.shape), self.shape)
+
+
+def take_apart(
+    checkpoint: dict[str, Any], trained: Sequence[tuple[str, Tensor]], optimizers: Sequence[Any]
+) -> dict[str, tuple[Tensor, Part]]:
+    """Take out of a Trainer's checkpoint what this process has a part of.
+
+    Args:
+        checkpoint: changed in place; what is left in it is the same in every process.
+        trained: name and parameter of each weight that learns.
+        optimizers: whose states are in it.
+
+    Returns:
+        Name to tensor and place, of what this process is the first to hold.
+    """
+    found: dict[str, tuple[Tensor, Part]] = {}
+
+    def take(key: str, tensor: Tensor, parameter: Tensor) -> None:
+        part = part_of(parameter)
+        if part.first and 0 not in part.sizes:
+            found[key] = local(tensor), part
+
+    for name, parameter in trained:
+        take(f"model/{name}", parameter.detach(), parameter)
+    checkpoint["state_dict"] = {}
+    names = {id(parameter): name for name, parameter in trained}
+    checkpoint["parts"] = []
+    for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        checkpoint["parts"].append([names[id(p)] for p in parameters])
+        for index, state in saved["state"].items():
+            name = names[id(parameters[index])]
+            saved["state"][index] = rest = dict(state)
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameters[index].shape and value.ndim:
+                    take(f"optimizer/{key}/{name}", rest.pop(key), parameters[index])
+    return found
+
+
+def put_back(checkpoint: dict[str, Any], folder: Path, whole: bool) -> None:
+    """Put into a checkpoint what lies in the parts' files beside it.
+
+    Args:
+        checkpoint: as `take_apart` has left it; changed in place.
+        folder: of the files.
+        whole: as tensors, else as `Saved`.
+    """
+    orders = checkpoint.pop("parts")
+    places = [{name: index for index, name in enumerate(order)} for order in orders]
+    for key, saved in read(folder).items():
+        value = saved.whole() if whole else saved
+        kind, _, name = key.partition("/")
+        if kind == "model":
+            checkpoint["state_dict"][name] = value
+            continue
+        field, _, name = name.partition("/")
+        for state, place in zip(checkpoint["optimizer_states"], places, strict=True):
+            if name in place:
+                state["state"][place[name]][field] = value
+
+
+def _common(a: int, a_length: int, b: int, b_length: int) -> tuple[int, int]:
+    return max(a, b), min(a + a_length, b + b_length)
+
+
+def read(folder: Path) -> dict[str, Saved]:
+    """The tensors of a checkpoint that lie in parts' files, by name; nothing of them is read yet."""
+    boxes: dict[str, list[tuple[Path, tuple[int, ...], tuple[int, ...]]]] = {}
+    for path in files_in(folder):
+        with safe_open(path, framework="pt") as file:
+            places = json.loads((file.metadata() or {}).get(PLACES, "{}"))
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                shape = tuple(file.get_slice(name).get_shape())
+                offsets = tuple(places.get(name, {}).get("saved_offsets", [0] * len(shape)))
+                boxes.setdefault(name, []).append((path, offsets, shape))
+    return {name: Saved(name, found) for name, found in boxes.items()}
