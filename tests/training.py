@@ -79,6 +79,8 @@ def train(
         data: arguments of `ChatData`.
     """
     from litft import SFT, ChatData, Full
+    from litft.models.parts import whole
+    from litft.tuners.base import trainable_parameters
 
     seed_everything(seed, verbose=False)
     options: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0} | (
@@ -116,8 +118,7 @@ def train(
         sft.build = built  # type: ignore[method-assign]
     runner.fit(sft, datamodule=chat)
     trace = tracer.trace
-    state = sft.tuner.trainable_state(sft.net.model)
-    trace.weights = {name: tensor.detach().clone() for name, tensor in state.items()}
+    trace.weights = {name: whole(p).clone() for name, p in trainable_parameters(sft.net.model)}
     trace.method, trace.data, trace.trainer = sft, chat, runner
     return trace
 

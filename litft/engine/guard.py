@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from litft.models.parts import cut_of, local
 
 EPSILON = 1e-6  # torch's own clipping adds it to the norm
 
@@ -29,9 +31,7 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
         The global norm before clipping, a scalar on the device; infinite or NaN where the step is skipped.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = global_norm(parameters)
     if getattr(optimizer, "defaults", {}).get("fused"):
         fused: Any = optimizer
         if any(p.device.type == "cpu" for p in parameters):  # offloaded ones read it at once: no copy on its way
@@ -44,3 +44,30 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
     elif max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+@torch.no_grad()
+def global_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, over all processes that have parts of them.
+
+    Gradients that tensor parallelism has left in parts are summed before, in one exchange.
+    """
+    partial = [p for p in parameters if cut_of(p).partial]
+    if partial:
+        grads = [local(p.grad) for p in partial if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(flat, group=cut_of(partial[0]).group)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+    cut = [p for p in parameters if cut_of(p).dim is not None]
+    if not cut:
+        return _norm([p.grad for p in parameters if p.grad is not None])
+    squares = _norm([p.grad for p in cut if p.grad is not None]) ** 2
+    torch.distributed.all_reduce(squares, group=cut_of(cut[0]).group)
+    squares += _norm([p.grad for p in parameters if p.grad is not None and cut_of(p).dim is None]) ** 2
+    return squares.sqrt()
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -46,16 +46,15 @@ def full_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[
     """
     import torch
     from torch import distributed
-    from torch.distributed.tensor import DTensor
+
+    from litft.models.parts import whole
 
     keep = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     state: dict[str, Tensor] = {}
     stored: dict[int, Tensor | None] = {}  # by the identity of the live parameter, which tied names share
     for name, live in model.state_dict(keep_vars=True).items():
         if id(live) not in stored:
-            value = live.detach()
-            if isinstance(value, DTensor):
-                value = value.full_tensor()
+            value = whole(live)
             if isinstance(live, torch.nn.Parameter) and value.is_floating_point():
                 value = value.to(dtype or value.dtype)
             stored[id(live)] = value.cpu() if keep else None

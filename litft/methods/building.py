@@ -17,6 +17,7 @@ from litft.models.extras import use_float8, use_liger
 from litft.models.head import find_head
 from litft.models.load import add_rows, load_model
 from litft.models.shard import let_go, shard
+from litft.models.tensor_parallel import cut_up
 from litft.tuners import LoRA, merge_adapter
 from litft.tuners.low_rank import share_inputs
 from litft.tuners.masters import spread_masters
@@ -80,7 +81,9 @@ def build_model(
     own = routed if getattr(model.config, "output_router_logits", False) else 0.0
     method.balance = own if method.balance_experts is None else method.balance_experts
     method.net = net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=False)
-    method.parallel = parallel
+    method.parallel = net.parallel = parallel
+    if parallel and parallel.sizes.tensor > 1:
+        cut_up(model, parallel)
     if parallel:
         shard(net, parallel, method.compute_dtype)
     if method.fast_loss:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from litft.models.context_parallel import exchanged
 from litft.models.cpu_attention import cpu_attention
 
 NAME, PLAIN = "litft_packed", "litft_plain"
@@ -68,6 +69,10 @@ def packed_attention(
         ValueError: for attention that cannot be packed.
     """
     _refuse_position_bias(kwargs)
+    if group := kwargs.pop("context_group", None):
+        options: Any = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+        options |= {"s_aux": s_aux, "cu_seq_lens_q": cu_seq_lens_q, "max_length_q": max_length_q}
+        return exchanged(packed_attention, group, module, query, key, value, **options, **kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     window = sliding_window or 0
     if cu_seq_lens_q is not None and not dropout and query.shape[0] == 1:
@@ -129,6 +134,10 @@ def plain_attention(
     would cost a wait in every layer.
     """
     _refuse_position_bias(kwargs)
+    if group := kwargs.pop("context_group", None):
+        options: Any = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+        options |= {"s_aux": s_aux, "cu_seq_lens_q": cu_seq_lens_q, "document_bounds": document_bounds}
+        return exchanged(plain_attention, group, module, query, key, value, **options, **kwargs)
     bounds = document_bounds
     if bounds is None:
         bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()

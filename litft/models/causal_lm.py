@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from litft.losses.router import load_balance
 from litft.models import attention
+from litft.models.collectives import gather
+from litft.models.context_parallel import share_of
 from litft.models.head import find_head
+from litft.models.mesh import Parallel
 
 
 class CausalLM(nn.Module):
@@ -30,6 +33,7 @@ class CausalLM(nn.Module):
     Attributes:
         head: the model's head as the fast loss sees it, or None.
         compiled: whether the model's layers are compiled.
+        parallel: the processes that share the tokens of a batch, where there are any.
     """
 
     def __init__(self, model: nn.Module, balance_experts: bool = False, fast_loss: bool = True) -> None:
@@ -38,6 +42,7 @@ class CausalLM(nn.Module):
         self.balance_experts = balance_experts
         self.head = find_head(model) if fast_loss else None
         self.compiled = False
+        self.parallel: Parallel | None = None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the model over a micro-batch.
@@ -52,6 +57,9 @@ class CausalLM(nn.Module):
         Raises:
             RuntimeError: for a packed row where the model's attention wouldn't keep documents apart.
         """
+        whole = batch
+        if self.parallel and self.parallel.sizes.context > 1:
+            batch = share_of(batch, self.parallel)
         if self.head is None:
             output = self.model(**self._inputs(batch))
             last = output.logits
@@ -64,6 +72,8 @@ class CausalLM(nn.Module):
             found = {"nll": F.cross_entropy(last.float(), batch["target_ids"], reduction="none")}
         else:
             found = {"nll": self.head.nll(last, batch["target_ids"])}
+        if batch is not whole:
+            found["nll"] = gather(found["nll"], batch["counts"], batch["context_group"])
         if self.balance_experts:
             router_logits = output.router_logits
             if "attention_mask" in batch:
@@ -92,6 +102,8 @@ class CausalLM(nn.Module):
         implementation = self.model.config._attn_implementation
         bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
         inputs |= {"logits_to_keep": batch["target_positions"], "cu_seq_lens_q": bounds, "max_length_q": longest}
+        if "context_group" in batch:
+            inputs["context_group"] = batch["context_group"]
         if implementation in (attention.NAME, attention.PLAIN):
             if not self.compiled:  # to a compiled layer other bounds would be another graph, and it does without
                 inputs["document_bounds"] = batch["document_bounds"]

@@ -55,11 +55,15 @@ class Cut:
         dim: along which; None where each process of the group has all of it.
         rank: of this process in the group.
         size: of the group.
+        group: of processes.
+        partial: each process has a part of a sum for its gradient.
     """
 
     dim: int | None
     rank: int
     size: int
+    group: Any = None
+    partial: bool = False
 
 
 def cut_of(parameter: Tensor) -> Cut:
@@ -89,6 +93,19 @@ def part_of(tensor: Tensor) -> Part:
         offsets[cut.dim] += cut.rank * shape[cut.dim]
         shape[cut.dim] *= cut.size
     return Part(tuple(shape), tuple(offsets), tuple(sizes), first)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, detached; every process that has a part calls this."""
+    tensor = parameter.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    cut = cut_of(parameter)
+    if cut.dim is not None:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(cut.size)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=cut.group)
+        tensor = torch.cat(parts, cut.dim)
+    return tensor
 
 
 def box(source: Tensor | Source, part: Part) -> Tensor:

@@ -39,9 +39,13 @@ def shard(net: nn.Module, parallel: Parallel, compute_dtype: torch.dtype | None)
     plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     cast = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     layers = layers_of(net)
+    cuts = {name: parameter.cut for name, parameter in net.named_parameters() if hasattr(parameter, "cut")}
     for layer in layers:
         fully_shard(layer, mp_policy=cast, reshard_after_forward=parallel.reshard_after_forward, **options)
     fully_shard(net, mp_policy=plain, **options)
+    for name, parameter in net.named_parameters():  # which are others now
+        if name in cuts:
+            parameter.cut = cuts[name]  # type: ignore[attr-defined]
     register_fsdp_forward_method(net, "logits")
     net.register_forward_hook(_let_go)
     for before, layer in zip(layers, layers[1:], strict=False):  # the next layer's weights come while this one runs

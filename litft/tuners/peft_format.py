@@ -94,8 +94,7 @@ def save(tuner: LoRA, model: PreTrainedModel, folder: Path, base: str, revision:
 
 
 def _whole(param: Tensor) -> Tensor:
-    tensor = param.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+    return whole(param).cpu()
 
 
 def _difference_to_start(model: nn.Module) -> dict[str, Tensor]:
