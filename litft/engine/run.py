@@ -28,6 +28,7 @@ from litft.engine.signals import Signals, Stopped
 from litft.engine.speed import Speed, speed_of
 from litft.errors import Failed, UserError
 from litft.methods.base import Method
+from litft.methods.refusals import refuse
 from litft.models import native
 from litft.models.mesh import data_ranks
 from litft.models.quiet import quiet
@@ -62,6 +63,7 @@ class Outcome:
 
 def plan(method: Method, data: ChatData, trainer: Trainer) -> dict[str, Any]:
     """Encode, plan, and count: what `--dry_run` shows. Does not load the model."""
+    refuse(method, trainer)
     ranks, rank = data_ranks(trainer)
     data.prepare(
         method,

@@ -25,6 +25,7 @@ from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
 from litft.methods.memory import check_keys, plan_memory, ranks_of
+from litft.methods.refusals import refuse
 from litft.models.alias import DEFAULT_MODEL
 from litft.models.compiled import Compiled
 from litft.tuners import LoRA, Tuner
@@ -211,6 +212,7 @@ class Method(LightningModule):
         """Load the model and apply the tuner, once; Trainer's hook."""
         check_precision(str(self.trainer.precision))
         if not hasattr(self, "net"):
+            refuse(self, self.trainer)
             strategy: Any = self.trainer.strategy
             self.build(self.trainer.precision, strategy.root_device, getattr(strategy, "parallel", None))
 

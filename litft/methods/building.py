@@ -21,6 +21,7 @@ from litft.models.tensor_parallel import cut_up
 from litft.tuners import LoRA, merge_adapter
 from litft.tuners.low_rank import share_inputs
 from litft.tuners.masters import spread_masters
+from litft.tuners.quant import make_cuttable
 
 if TYPE_CHECKING:
     from litft.methods.base import Method
@@ -85,6 +86,7 @@ def build_model(
     if parallel and parallel.sizes.tensor > 1:
         cut_up(model, parallel)
     if parallel:
+        make_cuttable(model)
         shard(net, parallel, method.compute_dtype)
     if method.fast_loss:
         net.head = find_head(model, net.logits)

@@ -97,7 +97,7 @@ def plan_memory(method: Method) -> MemoryPlan | None:
     small = None
     if method.optimizer_name != "auto":
         small = method.optimizer_name in EIGHT_BITS
-    elif find_spec("bitsandbytes") is None:
+    elif find_spec("bitsandbytes") is None or method.parallel:
         small = False
     offload = "parameters" if on_host else method.offload
     options = candidates(facts, "full" if on_host else method.recompute, offload, small)

@@ -81,16 +81,63 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in_features)` to `(..., out_features)`."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        kept = torch.is_grad_enabled()  # else there is nothing to keep it for, and a compiler can't look into it
-        y: Tensor = _QuantisedProduct.apply(x, self) if kept else F.linear(x, weight_matrix(self).to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return _product(x, self, self.bias)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class CutLinear(nn.Module):
+    """A frozen quantised linear layer whose packed weight looks like a row of bf16 numbers, which FSDP can cut.
+
+    The scales stay whole in every process; they are a thirtieth of the weight.
+
+    Args:
+        layer: of `quantise`; its tensors are taken over.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        packed = layer.weight.data.contiguous().view(-1).view(torch.uint8)
+        self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.state, self.shape, self.size = getattr(layer.weight, "quant_state", None), layer.weight.shape, len(packed)
+        self.weight = nn.Parameter(F.pad(packed, (0, self.size % 2)).view(torch.bfloat16), requires_grad=False)
+        if self.state is None:
+            self.register_buffer("scale", layer.scale.data, persistent=False)
+        self.bias: nn.Parameter | None = layer.bias
+        self.training = layer.training
+
+    def matrix(self) -> Tensor:
+        """The weight `(out_features, in_features)`; inside of the module's forward pass, when it is gathered."""
+        packed = self.weight.detach().view(torch.uint8)[: self.size]
+        if self.state is not None:
+            found: Tensor = bitsandbytes().functional.dequantize_4bit(packed.view(self.shape), self.state)
+            return found
+        return _expand(packed.view(torch.int8).view(self.shape), self.scale, torch.float32)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in_features)` to `(..., out_features)`."""
+        return _product(x, self, self.bias)
+
+    extra_repr = Int8Linear.extra_repr
+
+
+def _product(x: Tensor, layer: nn.Module, bias: Tensor | None) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    kept = torch.is_grad_enabled()  # else there is nothing to keep it for, and a compiler can't look into it
+    y: Tensor = _QuantisedProduct.apply(x, layer) if kept else F.linear(x, weight_matrix(layer).to(x.dtype))
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def make_cuttable(model: nn.Module) -> None:
+    """Put `CutLinear`s in the place of a model's quantised layers."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if is_quantised(child) and not isinstance(child, CutLinear):
+                setattr(parent, name, CutLinear(child))
 
 
 def compute_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
@@ -98,7 +145,7 @@ def compute_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.dtype if weight.is_floating_point() else x.dtype
+    return x.dtype if is_quantised(layer) else weight.dtype
 
 
 def add_product(update: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
@@ -139,7 +186,9 @@ def _expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_quantised(layer: nn.Module) -> bool:
     """Whether the layer's weight is stored as packed integers."""
-    weight = getattr(layer, "weight", None)
+    if isinstance(layer, CutLinear):
+        return True
+    weight = layer._parameters.get("weight")
     return isinstance(weight, Tensor) and not weight.is_floating_point()
 
 
@@ -148,6 +197,8 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if isinstance(layer, Conv1D):
         return weight.T
+    if isinstance(layer, CutLinear):
+        return layer.matrix()
     if weight.is_floating_point():
         return weight
     quant_state = getattr(weight, "quant_state", None)
