@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_in
 from tiny import chat_rows, save_tiny, write_jsonl
 from torch.nn import functional as F
 from training import Trace, difference, moved, train
-from two_processes import run_in_two
 
 from litft import UserError
 
@@ -113,7 +113,7 @@ def jobs(tiny_llama: Path, moe: Path, rows: Path, uneven: Path, val: Path) -> di
 @pytest.fixture(scope="session")
 def in_two(jobs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Every job in two processes; one start of them for all tests."""
-    return run_in_two(jobs, tmp_path_factory.mktemp("two"))
+    return run_in(2, jobs, tmp_path_factory.mktemp("two"))
 
 
 def in_one(jobs: dict[str, dict[str, Any]], name: str, **changed: Any) -> Trace:

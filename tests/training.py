@@ -23,6 +23,7 @@ class Trace:
     micro_batches: list[int] = field(default_factory=list)
     val_losses: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
     modes: set[bool] = field(default_factory=set)
     method: Any = None
     data: Any = None
@@ -79,7 +80,7 @@ def train(
         data: arguments of `ChatData`.
     """
     from litft import SFT, ChatData, Full
-    from litft.models.parts import whole
+    from litft.models.parts import local, whole
     from litft.tuners.base import trainable_parameters
 
     seed_everything(seed, verbose=False)
@@ -119,6 +120,15 @@ def train(
     runner.fit(sft, datamodule=chat)
     trace = tracer.trace
     trace.weights = {name: whole(p).clone() for name, p in trainable_parameters(sft.net.model)}
+    trace.held = {
+        "weights": sum(local(p).numel() * p.element_size() for p in sft.net.parameters()),
+        "moments": sum(
+            local(value).numel() * value.element_size()
+            for state in runner.optimizers[0].state.values()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.ndim
+        ),
+    }
     trace.method, trace.data, trace.trainer = sft, chat, runner
     return trace
 

@@ -17,8 +17,9 @@ from litft.models.extras import use_float8, use_liger
 from litft.models.head import find_head
 from litft.models.load import add_rows, load_model
 from litft.models.shard import let_go, shard
+from litft.models.skeleton import fill, skeleton
 from litft.models.tensor_parallel import cut_up
-from litft.tuners import LoRA, merge_adapter
+from litft.tuners import LoRA, QLoRA, merge_adapter
 from litft.tuners.low_rank import share_inputs
 from litft.tuners.masters import spread_masters
 from litft.tuners.quant import make_cuttable
@@ -49,9 +50,10 @@ def build_model(
     if method.cannot_pack is None:
         half = method.compute_dtype is not None
         implementation = attention.best(method.config, device, half, method.fast_attention)
-    model = load_model(
-        method.source, dtype=dtype, attn_implementation=implementation, trust_remote_code=method.trust_remote_code
-    )
+    trusted = method.trust_remote_code
+    options: Any = {"dtype": dtype, "attn_implementation": implementation, "trust_remote_code": trusted}
+    bare = skeleton(method.source, **options) if parallel and not _needs_weights(method) else None
+    model = bare[0] if bare else load_model(method.source, **options)
     if method.new_tokens:
         rows = add_rows(model, method.tokenizer, method.new_tokens)
         if isinstance(method.tuner, LoRA):
@@ -69,8 +71,6 @@ def build_model(
     method.applied = method.tuner.apply(model)
     if adapter is not None and isinstance(method.tuner, LoRA):
         method.tuner.load(model, adapter)
-    if masters and method.compute_dtype is torch.bfloat16:
-        spread_masters(model)
     if method.float8:
         use_float8(model, device, method.tuner.trains_base)
     if method.liger:
@@ -88,9 +88,24 @@ def build_model(
     if parallel:
         make_cuttable(model)
         shard(net, parallel, method.compute_dtype)
+    if bare and parallel:
+        fill(model, bare[1], torch.device("cpu") if parallel.cpu_offload else device)
+    if masters and method.compute_dtype is torch.bfloat16:
+        spread_masters(model)
     if method.fast_loss:
         net.head = find_head(model, net.logits)
     if method.fast_lora and isinstance(method.tuner, LoRA):
         share_inputs(model, net.logits)
     let_go(net)
     method.offloaded = parallel is None and keep_on_host(method, device)
+
+
+def _needs_weights(method: Method) -> bool:
+    """Whether something is made of the whole weights before they are cut up."""
+    tuner: Any = method.tuner
+    if method.new_tokens or method.source.adapter or isinstance(tuner, QLoRA):
+        return True
+    if not isinstance(tuner, LoRA):
+        return False
+    own = tuner.modules_to_save or tuner.trainable_rows or tuner.target_parameters
+    return bool(tuner.dora or own or tuner.init == "pissa")

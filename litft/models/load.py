@@ -113,11 +113,17 @@ def load_model(
     for parameter in model.parameters():  # a few models keep some in fp32; unpacked ones may come in bf16
         if parameter.dtype != dtype and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    ready_to_train(model)
+    return model
+
+
+def ready_to_train(model: Any) -> None:
+    """Undo what transformers does for inference: eval mode, a cache, a token that gets no gradient."""
     model.config.use_cache = model.config.get_text_config().use_cache = False
     # A pad token that is also a real one (often the end of a turn) would get no gradient as an input.
     model.get_input_embeddings().padding_idx = None
-    torch.nn.Module.train(model)
-    return model
+    for module in model.modules():
+        module.training = True
 
 
 def _check_report(source: ModelSource, report: dict[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 if TYPE_CHECKING:
@@ -64,6 +66,16 @@ class Cut:
     size: int
     group: Any = None
     partial: bool = False
+
+
+@contextmanager
+def cuts_kept(module: nn.Module) -> Iterator[None]:
+    """Inside the context parameters may be replaced; their successors are marked as they were."""
+    cuts = {name: parameter.cut for name, parameter in module.named_parameters() if hasattr(parameter, "cut")}
+    yield
+    for name, parameter in module.named_parameters():
+        if name in cuts:
+            parameter.cut = cuts[name]  # type: ignore[attr-defined]
 
 
 def cut_of(parameter: Tensor) -> Cut:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 )
 
 from litft.models.compiled import layers_of
+from litft.models.parts import cuts_kept
 
 if TYPE_CHECKING:
     from litft.models.mesh import Parallel
@@ -39,13 +40,10 @@ def shard(net: nn.Module, parallel: Parallel, compute_dtype: torch.dtype | None)
     plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     cast = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     layers = layers_of(net)
-    cuts = {name: parameter.cut for name, parameter in net.named_parameters() if hasattr(parameter, "cut")}
-    for layer in layers:
-        fully_shard(layer, mp_policy=cast, reshard_after_forward=parallel.reshard_after_forward, **options)
-    fully_shard(net, mp_policy=plain, **options)
-    for name, parameter in net.named_parameters():  # which are others now
-        if name in cuts:
-            parameter.cut = cuts[name]  # type: ignore[attr-defined]
+    with cuts_kept(net):
+        for layer in layers:
+            fully_shard(layer, mp_policy=cast, reshard_after_forward=parallel.reshard_after_forward, **options)
+        fully_shard(net, mp_policy=plain, **options)
     register_fsdp_forward_method(net, "logits")
     net.register_forward_hook(_let_go)
     for before, layer in zip(layers, layers[1:], strict=False):  # the next layer's weights come while this one runs
@@ -53,16 +51,17 @@ def shard(net: nn.Module, parallel: Parallel, compute_dtype: torch.dtype | None)
         layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
 
 
-def _let_go(net: Any, *_: Any) -> None:
-    """The root keeps its weights gathered for a backward pass; where none comes, nobody would cut them again."""
+def _let_go(net: nn.Module, *_: Any) -> None:
+    """What is kept gathered waits for a backward pass; where none comes, nobody would cut it again."""
     if not torch.is_grad_enabled():
-        net.reshard()
+        let_go(net)
 
 
 def let_go(net: nn.Module) -> None:
-    """Cut the root's weights again after passes that had no backward pass; only then are parameters what learns."""
-    if isinstance(net, FSDPModule):
-        net.reshard()
+    """Cut weights again after passes that had no backward pass; only then are parameters what learns."""
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(net: nn.Module) -> bool:

@@ -113,7 +113,7 @@ def _cut(module: nn.Module, name: str, dim: int, rank: int, size: int, group: An
     whole = getattr(module, name, None)
     if whole is None:
         return
-    part = whole.detach().chunk(size, dim)[rank].clone()
+    part = whole.detach().chunk(size, dim)[rank].clone(memory_format=torch.contiguous_format)
     parameter = nn.Parameter(part, requires_grad=whole.requires_grad)
     parameter.cut = Cut(dim, rank, size, group)  # type: ignore[attr-defined]
     setattr(module, name, parameter)

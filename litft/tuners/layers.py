@@ -84,8 +84,9 @@ class LoRALinear(Adapter):
         out_features, in_features = weight.shape
         self.r, self.scale, self.dropout = r, scale, dropout
         self.transposes = isinstance(base_layer, Conv1D)  # remembered: a quantised Conv1D is stored as a Linear
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=weight.device))
+        device = torch.device("cpu") if weight.is_meta else weight.device  # a base without weights yet
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=device))
         # What PiSSA starts from. Needed for the model as it was, and for an adapter that fits the original base.
         self.register_buffer("initial_A", None, persistent=False)
         self.register_buffer("initial_B", None, persistent=False)

@@ -8,13 +8,19 @@ it, the weight is the same in every product, and an update of a tenth of the int
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from litft.models.parts import local, part_of
 
 HALF = 1 << 15  # of the 16 bits that bf16 lacks
+BLOCK = 1 << 22  # random numbers at a time
 
 
 @torch.no_grad()
@@ -33,12 +39,21 @@ def spread_masters(model: Any) -> int:
     from litft.tuners.targets import is_linear  # which knows the tuner's layers, which spread theirs
 
     embedding = model.get_input_embeddings().weight
-    spread = 0
+    found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
         if not is_linear(module) or weight is embedding or weight.dtype != torch.float32 or not weight.requires_grad:
             continue
-        spread += weight.numel() * spread_(weight, name)
+        found.append((name, weight))
+    whole = torch.tensor([is_bf16(local(weight)) for _, weight in found], device=embedding.device, dtype=torch.int32)
+    if isinstance(embedding, DTensor):  # each process knows of its part only
+        torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MIN)
+    spread = 0
+    for (name, weight), is_whole in zip(found, whole.tolist(), strict=True):
+        if is_whole:
+            part = part_of(weight)
+            spread_part_(local(weight), name, part.offsets, part.shape)
+            spread += weight.numel()
     return spread
 
 
@@ -53,12 +68,36 @@ def spread_(weight: Tensor, name: str) -> bool:
     Returns:
         Whether it was: not if it holds more than bf16 numbers.
     """
-    if not torch.equal(weight, weight.bfloat16().float()):
+    if not is_bf16(weight):
         return False
-    seed = crc32(name.encode())
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    for row in weight.split(max(1, (1 << 22) // weight.shape[-1])):  # the random numbers of a few rows at a time
-        bits = row.view(torch.int32)
-        offset = torch.randint(1 - HALF, HALF, row.shape, generator=generator, dtype=torch.int32, device=row.device)
-        bits.add_(offset.mul_(row != 0))
+    spread_part_(weight, name, (0,) * weight.ndim, tuple(weight.shape))
     return True
+
+
+def is_bf16(weight: Tensor) -> bool:
+    """Whether an fp32 tensor holds bf16 numbers only."""
+    return torch.equal(weight, weight.bfloat16().float())
+
+
+@torch.no_grad()
+def spread_part_(weight: Tensor, name: str, offsets: Sequence[int], shape: Sequence[int]) -> None:
+    """Spread a part of a weight as `spread_` does the whole of it.
+
+    Args:
+        weight: the part, fp32.
+        name: what the spread depends on.
+        offsets: where the part begins.
+        shape: of the whole.
+    """
+    rows = max(1, BLOCK // math.prod(shape[1:]))  # the random numbers of a few rows at a time, with a seed for them
+    first, last = offsets[0], offsets[0] + weight.shape[0]
+    inner = tuple(slice(o, o + n) for o, n in zip(offsets[1:], weight.shape[1:], strict=True))
+    for block in range(first // rows, -(-last // rows)):
+        begin, end = block * rows, min((block + 1) * rows, shape[0])
+        generator = torch.Generator(weight.device).manual_seed(crc32(name.encode()) + block)
+        options = {"generator": generator, "dtype": torch.int32, "device": weight.device}
+        offset = torch.randint(1 - HALF, HALF, (end - begin, *shape[1:]), **options)  # type: ignore[call-overload]
+        mine = slice(max(begin, first), min(end, last))
+        part = weight[mine.start - first : mine.stop - first]
+        offset = offset[(slice(mine.start - begin, mine.stop - begin), *inner)]
+        part.view(torch.int32).add_(offset * (part != 0))

@@ -1,4 +1,4 @@
-"""One of two processes of a data-parallel run: `python two_processes.py JOBS OUT`, started twice by `run_in_two`."""
+"""One of several processes of a run: `python processes.py JOBS OUT`, started as often as need be by `run_in`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 240  # seconds; two processes that wait for each other for ever are a failure, not a hang
+TIMEOUT = 300  # seconds; processes that wait for each other for ever are a failure, not a hang
 
 
-def run_in_two(jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Run `training.train` for every job in two gloo processes.
+def run_in(processes: int, jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Run `training.train` for every job in several gloo processes.
 
     Args:
-        jobs: name to arguments of `train`, as JSON can hold them; `tuner` is a name and its arguments, `poison` is the
-            step at which rank 1's loss is infinite.
+        processes: how many.
+        jobs: name to arguments of `train`, as JSON can hold them; `tuner` is a name and its arguments, `fsdp` arguments
+            of that strategy, `poison` the step at which the last rank's loss is infinite.
         folder: where results are written.
 
     Returns:
@@ -32,23 +33,23 @@ def run_in_two(jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[
         port = free.getsockname()[1]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    processes = []
+    started = []
     with tempfile.TemporaryFile("w+") as output:
-        for rank in (0, 1):
-            command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder)]
+        for rank in range(processes):
+            command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder), str(processes)]
             env = dict(environment, LOCAL_RANK=str(rank))
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+            started.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
         try:
-            codes = [process.wait(TIMEOUT) for process in processes]
+            codes = [process.wait(TIMEOUT) for process in started]
         except subprocess.TimeoutExpired:
-            codes = [-1, -1]
+            codes = [-1]
         finally:
-            for process in processes:
+            for process in started:
                 process.kill()
         output.seek(0)
-        assert codes == [0, 0], output.read()[-4000:]
-    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    return {name: {"rank0": ranks[0][name], "rank1": ranks[1][name], **ranks[0][name]} for name in jobs}
+        assert codes == [0] * processes, output.read()[-4000:]
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    return {name: {f"rank{i}": r[name] for i, r in enumerate(ranks)} | ranks[0][name] for name in jobs}
 
 
 def poison(step: int) -> Any:
@@ -63,7 +64,7 @@ def poison(step: int) -> Any:
     return Poison()
 
 
-def _main(jobs: Path, out: Path) -> None:
+def _main(jobs: Path, out: Path, processes: int) -> None:
     import torch
     from training import train
 
@@ -74,11 +75,12 @@ def _main(jobs: Path, out: Path) -> None:
     for name, job in json.loads(jobs.read_text()).items():
         if tuner := job.pop("tuner", None):
             job["tuner"] = getattr(litft, tuner[0])(**tuner[1])
-        job["trainer"] = {"devices": 2, "strategy": "ddp"} | job.get("trainer", {})
+        strategy: Any = litft.FSDP(**job.pop("fsdp")) if "fsdp" in job else "ddp"
+        job["trainer"] = {"devices": processes, "strategy": strategy} | job.get("trainer", {})
         job["callbacks"] = [poison(job.pop("poison"))] if "poison" in job else []
         traces[name] = train(**job).state()
     torch.save(traces, out / f"rank{os.environ['LOCAL_RANK']}.pt")
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), Path(sys.argv[2]))
+    _main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
