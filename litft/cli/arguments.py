@@ -162,7 +162,8 @@ def _strategy(said: list[Said]) -> tuple[list[Said], bool]:
     if not named:
         return said, False
     last, rest = named[-1], [entry for entry in said if not f"{entry.key}.".startswith("trainer.strategy.")]
-    text, arguments = str(last.value), {}
+    text = str(last.value)
+    arguments: dict[str, Any] = {}
     if text.startswith("{") and FSDP in text.replace(".engine.fsdp.", "."):  # as a saved configuration has it
         arguments = json.loads(text).get("init_args") or {}
     elif text.lower() not in ("fsdp", "fsdp2"):

@@ -148,7 +148,9 @@ class FSDP(_Shared, ModelParallelStrategy):
         """Write this process's part."""
         options = storage_options or {}
         if "then" not in options:
-            raise UserError("a callback saves a checkpoint of its own, which --trainer.strategy fsdp can't\nmend: leave it out")
+            raise UserError(
+                "a callback saves a checkpoint of its own, which --trainer.strategy fsdp can't\nmend: leave it out"
+            )
         module: Any = self.lightning_module
         parts = part_files.take_apart(checkpoint, module.trained, self.optimizers)
         file = part_files.name_of(self.global_rank, self.world_size)

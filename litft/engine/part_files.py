@@ -1,7 +1,7 @@
 """Checkpoints of many processes: a safetensors file of each, with the place of every tensor's part in the whole.
 
-The places stand in the file's header as torch.distributed.checkpoint's `HuggingFaceStorageReader` reads them. There is no
-pickle among them, and any number of processes can read what any other number has written.
+The places stand in the file's header as torch.distributed.checkpoint's `HuggingFaceStorageReader` reads them. There is
+no pickle among them, and any number of processes can read what any other number has written.
 """
 
 from __future__ import annotations
@@ -11,25 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from litft.models.parts import Part, local, part_of
-from litft.models.stored import Saved
+from litft.models.stored import Saved, write_tensors
 
 PATTERN = "part-*.safetensors"
 PLACES = "DCP_SHARDING_INFO"
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def name_of(rank: int, world: int) -> str:
@@ -56,17 +45,8 @@ def write(file: BinaryIO, tensors: Mapping[str, tuple[Tensor, Part]]) -> None:
         tensors: name to a tensor and its place in the whole.
     """
     places = {name: {"saved_offsets": list(part.offsets)} for name, (_, part) in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", PLACES: json.dumps(places)}}
-    end = 0
-    for name, (tensor, _) in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for tensor, _ in tensors.values():
-        if tensor.numel():
-            file.write(memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, (tensor, _) in tensors.items()}
+    write_tensors(file, layout, (tensor for tensor, _ in tensors.values()), {PLACES: json.dumps(places)})
 
 
 def take_apart(

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litft.errors import UserError
-from litft.export.weights import exported_config, full_state_dict, save_weights, stored_dtype, unwrap
+from litft.export.weights import (
+    exported_config,
+    full_state_dict,
+    save_weights,
+    stored_dtype,
+    stream_weights,
+    unwrap,
+)
+from litft.models.shard import is_sharded
 from litft.modes import follow_umask
 
 if TYPE_CHECKING:
@@ -74,24 +82,42 @@ def save_final(
     tokenizer = clean_tokenizer(tokenizer, stops)
 
     if not tuner.trains_base:
-        if not _is_first_rank():
-            return folder
-        with new_folder(folder) as new:
-            tuner.save(plain, new, base, revision)
-            _save_text_files(tokenizer, generation, new)
+        with new_folder(folder) if _is_first_rank() else contextlib.nullcontext() as new:
+            if new is not None or is_sharded(plain):  # every rank takes part in gathering what is sharded
+                tuner.save(plain, new, base, revision)
+            if new is not None:
+                _save_text_files(tokenizer, generation, new)
         return folder
 
     dtype = dtype or base_dtype(base, revision) or plain.dtype
-    state = full_state_dict(model, dtype)  # every rank takes part in gathering the shards
-    if not _is_first_rank():
-        return folder
     config = exported_config(plain, dtype)
     # Not the pad token: as `padding_idx` it would keep that token's embedding from learning if training goes on.
     config.eos_token_id = generation.eos_token_id
-    with new_folder(folder) as new:
-        save_weights(plain, state, config, new)
+    by_tensor = is_sharded(plain) and published_names(plain, base, revision)
+    state = {} if by_tensor else full_state_dict(model, dtype)
+    with new_folder(folder) if _is_first_rank() else contextlib.nullcontext() as new:
+        if by_tensor:
+            stream_weights(plain, dtype, new)
+        if new is None:
+            return folder
+        if by_tensor:
+            config.save_pretrained(new)
+        else:
+            save_weights(plain, state, config, new)
         _save_text_files(tokenizer, generation, new)
     return folder
+
+
+def published_names(model: nn.Module, base: str, revision: str | None) -> bool:
+    """Whether the model's files have the names that its weights have here; else transformers has to translate them."""
+    from litft.models.resolve import resolve
+    from litft.models.stored import stored_tensors
+
+    try:
+        names = stored_tensors(resolve(base, revision=revision).folder).keys()
+    except UserError:
+        return False
+    return all(name in names for name, _ in model.named_parameters())
 
 
 def generation_settings(

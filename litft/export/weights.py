@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +65,56 @@ def full_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[
     return state
 
 
+def stream_weights(model: nn.Module, dtype: torch.dtype, folder: Path | None, shard_bytes: float = 5e9) -> None:
+    """Write a sharded model's weights as Hugging Face's files, of which no process ever holds more than a tensor.
+
+    Every rank calls this.
+
+    Args:
+        model: with the names that its files are to have.
+        dtype: of the stored parameters.
+        folder: where to, in the process that writes; None in others.
+        shard_bytes: of the largest file, but for a tensor that is larger.
+    """
+    from torch import nn
+
+    from litft.models.parts import part_of, whole
+    from litft.models.stored import write_tensors
+
+    live: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not any(tensor is other for other in live.values()):  # of tied ones the first
+            live[_WRAPPER.sub("", name)] = tensor
+    layout = {
+        name: (dtype if isinstance(t, nn.Parameter) and t.is_floating_point() else t.dtype, part_of(t).shape)
+        for name, t in live.items()
+    }
+    files: list[list[str]] = [[]]
+    sizes = [0.0]
+    for name, (stored, shape) in layout.items():
+        size = stored.itemsize * math.prod(shape)
+        if files[-1] and sizes[-1] + size > shard_bytes:
+            files.append([])
+            sizes.append(0.0)
+        files[-1].append(name)
+        sizes[-1] += size
+    index: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        last = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        gathered = (whole(live[name]).to(layout[name][0]) for name in names)
+        if folder is None:
+            for _ in gathered:
+                pass
+            continue
+        path = folder / f"model{last}.safetensors"
+        index |= dict.fromkeys(names, path.name)
+        with open(path, "wb") as file:
+            write_tensors(file, {name: layout[name] for name in names}, gathered, {})
+    if folder is not None and len(files) > 1:
+        content = {"metadata": {"total_size": int(sum(sizes))}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def exported_config(model: PreTrainedModel, dtype: torch.dtype) -> PretrainedConfig:
     """The model's configuration as it should stand on disk: a copy, without what only training wanted.
 
@@ -114,7 +166,6 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     Raises:
         UserError: a file is no safetensors file.
     """
-    import math
     from collections import Counter
 
     import torch

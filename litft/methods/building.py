@@ -12,7 +12,6 @@ from litft.methods.memory import keep_on_host
 from litft.models import attention, native
 from litft.models.causal_lm import CausalLM
 from litft.models.cpu import keep_freed_memory
-from litft.models.head import find_head
 from litft.models.extras import use_float8, use_liger
 from litft.models.head import find_head
 from litft.models.load import add_rows, load_model
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
     from litft.models.mesh import Parallel
 
 
-def build_model(
-    method: Method, precision: str, device: torch.device, parallel: Parallel | None = None
-) -> None:
+def build_model(method: Method, precision: str, device: torch.device, parallel: Parallel | None = None) -> None:
     """Set `net`, and what is known once it is there.
 
     Args:

@@ -29,7 +29,7 @@ class Refusal:
     """
 
     what: str
-    meets: Callable[[Method, Sizes, str], Any]
+    meets: Callable[[Any, Sizes, str], Any]
     reason: str
     mend: str
 
@@ -117,5 +117,3 @@ def refuse(method: Method, trainer: Any) -> None:
         tensor_parallel.check(method.config, sizes.tensor)
     if sizes.context > 1:
         context_parallel.check(method.config, sizes, method.cannot_pack)
-
-

@@ -80,7 +80,7 @@ def all_to_all(x: Tensor, group: Any) -> Tensor:
 def gather(x: Tensor, counts: list[int], group: Any) -> Tensor:
     """Every process's numbers [counts of it], one behind the other [sum of counts], for a loss that all compute.
 
-    The gradient of this process's numbers is multiplied by the size of the group: gradients of weights are then averaged
-    over it, where those of its processes are parts of a sum.
+    The gradient of this process's numbers is multiplied by the size of the group: gradients of weights are then
+    averaged over it, where those of its processes are parts of a sum.
     """
     return _Gather.apply(x, counts, group)

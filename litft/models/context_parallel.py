@@ -1,12 +1,13 @@
 """Context parallelism: the tokens of a packed row shared by several processes (Ulysses, arXiv:2309.14509).
 
 Everything but attention goes token by token, so each process runs it over its share of the row. Around attention the
-processes exchange: each gives its tokens' other heads away and gets all tokens for its own heads, so that attention sees
-whole documents, wherever the row was cut.
+processes exchange: each gives its tokens' other heads away and gets all tokens for its own heads, so that attention
+sees whole documents, wherever the row was cut.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def share_of(batch: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
         "max_seqlen": max(batch["max_seqlen"], fill),
         "target_positions": targets[mine] - rank * slots,
         "target_ids": batch["target_ids"][mine],
-        "counts": [b - a for a, b in zip(ends, ends[1:], strict=False)],
+        "counts": [b - a for a, b in itertools.pairwise(ends)],
         "context_group": parallel.context_group,
     }
 

@@ -88,7 +88,6 @@ def load_model(
         UserError: the weights don't fit the configuration: some missing, some left over, or of another shape. A
             missing weight would be trained from random numbers.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config

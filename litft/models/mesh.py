@@ -34,7 +34,11 @@ class Sizes:
         Raises:
             UserError: naming the flag.
         """
-        names = {"tensor_parallel_size": self.tensor, "context_parallel_size": self.context, "replicate": self.replicate}
+        names = {
+            "tensor_parallel_size": self.tensor,
+            "context_parallel_size": self.context,
+            "replicate": self.replicate,
+        }
         for name, size in names.items():
             if size < 1:
                 raise UserError(f"--trainer.strategy.{name} {size}: must be at least 1")

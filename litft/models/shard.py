@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from litft.models.compiled import layers_of
 from litft.models.parts import cuts_kept
@@ -33,9 +35,7 @@ def shard(net: nn.Module, parallel: Parallel, compute_dtype: torch.dtype | None)
         parallel: the processes that share the weights.
         compute_dtype: autocast's, None in fp32.
     """
-    offload = (
-        CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if parallel.cpu_offload else OffloadPolicy()
-    )
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if parallel.cpu_offload else OffloadPolicy()
     options: dict[str, Any] = {"mesh": parallel.fsdp, "offload_policy": offload}
     plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     cast = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
@@ -46,7 +46,7 @@ def shard(net: nn.Module, parallel: Parallel, compute_dtype: torch.dtype | None)
         fully_shard(net, mp_policy=plain, **options)
     register_fsdp_forward_method(net, "logits")
     net.register_forward_hook(_let_go)
-    for before, layer in zip(layers, layers[1:], strict=False):  # the next layer's weights come while this one runs
+    for before, layer in itertools.pairwise(layers):  # the next layer's weights come while this one runs
         before.set_modules_to_forward_prefetch([layer])  # type: ignore[operator]
         layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
 
@@ -64,6 +64,6 @@ def let_go(net: nn.Module) -> None:
             module.reshard()
 
 
-def is_sharded(net: nn.Module) -> bool:
-    """Whether `shard` has been called."""
-    return isinstance(net, FSDPModule)
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold parts of the model."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

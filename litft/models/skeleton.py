@@ -10,30 +10,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from litft.models.load import load_config, ready_to_train
 from litft.models.parts import cuts_kept, put
 from litft.models.quiet import quiet
-from litft.models.stored import Saved
+from litft.models.stored import Saved, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from litft.models.resolve import ModelSource
-
-
-def stored_tensors(source: ModelSource) -> dict[str, Saved]:
-    """The tensors in a model folder's files, by name."""
-    found: dict[str, Saved] = {}
-    for path in sorted(source.folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                shape = tuple(file.get_slice(name).get_shape())
-                found[name] = Saved(name, [(path, (0,) * len(shape), shape)])
-    return found
 
 
 def skeleton(
@@ -57,7 +46,7 @@ def skeleton(
     if getattr(config, "quantization_config", None):
         return None
     try:
-        stored = stored_tensors(source)
+        stored = stored_tensors(source.folder)
     except (SafetensorError, OSError):
         return None
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
@@ -87,7 +76,7 @@ def _on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(no_memory)
+    handle = register_module_parameter_registration_hook(no_memory)  # type: ignore[arg-type]
     try:
         yield
     finally:

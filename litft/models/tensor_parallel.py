@@ -40,7 +40,7 @@ def check(config: Any, size: int) -> None:
     flag = f"--trainer.strategy.tensor_parallel_size {size}"
     if not plan:
         raise UserError(f"{flag}: transformers has no tensor-parallel plan for {text.model_type}\nmend: leave it out")
-    if odd := sorted({style for style in plan.values()} - {COLUMNS, ROWS, PARTIAL, *WHOLE}):
+    if odd := sorted(set(plan.values()) - {COLUMNS, ROWS, PARTIAL, *WHOLE}):
         raise UserError(
             f"{flag}: the plan for {text.model_type} cuts layers as litft can't ({', '.join(odd)})\nmend: leave it out"
         )
@@ -48,7 +48,9 @@ def check(config: Any, size: int) -> None:
     for what, name in {**heads, "features in its feed-forward layers": "intermediate_size"}.items():
         count = getattr(text, name, None)
         if count and count % size:
-            fitting = [n for n in range(2, count + 1) if not any((getattr(text, k, 0) or 0) % n for k in heads.values())]
+            fitting = [
+                n for n in range(2, count + 1) if not any((getattr(text, k, 0) or 0) % n for k in heads.values())
+            ]
             could = f"; {', '.join(map(str, fitting[:4]))} would do" if fitting else ""
             raise UserError(f"{flag}: does not divide the model's {count} {what}{could}\nmend: leave it out")
 
@@ -104,7 +106,9 @@ def cut_up(model: Any, parallel: Parallel) -> None:
     columns = [name for name, style in plan.items() if style == COLUMNS]
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in columns):
         children = [name for name in columns if name.rpartition(".")[0] == parent]
-        others = [n for n, m in model.get_submodule(parent).named_children() if is_linear(m) and f"{parent}.{n}" not in plan]
+        others = [
+            n for n, m in model.get_submodule(parent).named_children() if is_linear(m) and f"{parent}.{n}" not in plan
+        ]
         for name in children if others else [parent]:
             _copy_input(model.get_submodule(name), group)
 
@@ -120,7 +124,7 @@ def _cut(module: nn.Module, name: str, dim: int, rank: int, size: int, group: An
 
 
 def _copy_input(module: Any, group: Any) -> None:
-    """Sum the gradients of what a layer cut by columns takes, or of what its parent does, which feeds such layers only."""
+    """Sum the gradients of what a layer cut by columns takes, or its parent, which feeds such layers only."""
 
     def copied(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args and isinstance(args[0], Tensor):

@@ -75,7 +75,7 @@ class Tuner(ABC):
         """Fold what was learnt into the model's own weights, in place. Nothing to do where they learnt themselves."""
         return None
 
-    def save(self, model: PreTrainedModel, folder: str | Path, base: str, revision: str | None = None) -> None:
+    def save(self, model: PreTrainedModel, folder: str | Path | None, base: str, revision: str | None = None) -> None:
         """Write what was learnt as an adapter folder.
 
         Raises:

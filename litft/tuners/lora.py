@@ -238,18 +238,18 @@ class LoRA(Tuner):
         if getattr(model.config, "tie_word_embeddings", False) and not targets.is_tied(model):
             model.config.tie_word_embeddings = False
 
-    def save(self, model: PreTrainedModel, folder: str | Path, base: str, revision: str | None = None) -> None:
+    def save(self, model: PreTrainedModel, folder: str | Path | None, base: str, revision: str | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them.
 
         Args:
             model: the model with the adapter.
-            folder: made if need be.
+            folder: made if need be; None in a process that only takes part in gathering what is sharded.
             base: what the user calls the base model, an id or a folder; written as it is.
             revision: the base's revision on the hub.
         """
         from litft.tuners import peft_format
 
-        peft_format.save(self, model, Path(folder), base, revision)
+        peft_format.save(self, model, None if folder is None else Path(folder), base, revision)
 
     def load(self, model: PreTrainedModel, folder: str | Path) -> None:
         """Copy a saved adapter into a model that this tuner was applied to.

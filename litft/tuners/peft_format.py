@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from litft.errors import UserError
+from litft.models.parts import whole
 from litft.tuners import targets
 from litft.tuners.base import canonical, copy_exactly, logger
 from litft.tuners.layers import Adapter, LoRAExperts, LoRALinear, TrainableRows, TrainedCopy
@@ -79,13 +80,15 @@ def _suffixes(module: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
         yield _ROWS, module.trainable_tokens_delta
 
 
-def save(tuner: LoRA, model: PreTrainedModel, folder: Path, base: str, revision: str | None) -> None:
+def save(tuner: LoRA, model: PreTrainedModel, folder: Path | None, base: str, revision: str | None) -> None:
     """See `LoRA.save`. Gathers sharded tensors, so with several processes all have to call it."""
     tensors = {key: _whole(param) for key, param in adapter_tensors(model).items()}
     growth = 1
     if tuner.init == "pissa":
         growth = 2
         tensors.update(_difference_to_start(model))
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     config = adapter_config(tuner, model, base, revision, growth)
