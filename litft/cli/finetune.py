@@ -159,6 +159,10 @@ def _trainer(cli: Any) -> Any:
     bar = sys.stderr.isatty() if said.enable_progress_bar is None else said.enable_progress_bar
     if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(Bar())
+    processes: dict[str, Any] = {}
+    if "TORCHELASTIC_RUN_ID" in os.environ and (said.devices, said.num_nodes) == ("auto", 1):
+        here, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        processes = {"devices": here, "num_nodes": all_of_them // here}
     limits = {"max_epochs": 1} if said.max_epochs is None and said.max_steps == -1 else {}
     try:
         return cli.make_trainer(
@@ -166,6 +170,7 @@ def _trainer(cli: Any) -> Any:
             precision=said.precision or default_precision(said.accelerator),
             enable_progress_bar=bar,
             callbacks=callbacks,
+            **processes,
             **limits,
         )
     except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:

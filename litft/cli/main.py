@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import traceback
 
 VERBS = {
     "finetune": "fine-tune a model: litft finetune full|lora|qlora --data FILE",
@@ -81,8 +82,21 @@ def _say(text: str, error: Exception, by_all: bool = False) -> None:
     """Print what went wrong, with the notes on it; of several processes of a run the first one does."""
     from litft.engine.secrets import hide
 
-    if by_all or int(os.environ.get("LOCAL_RANK") or 0) == 0:
-        print(hide("\n".join([text, *getattr(error, "__notes__", [])])), file=sys.stderr)
+    words, rank = hide("\n".join([text, *getattr(error, "__notes__", [])])), _rank()
+    if rank == 0:
+        print(words, file=sys.stderr)
+    elif by_all:
+        from litft.engine.rank_logs import log_of, to_console
+
+        if log := log_of():
+            traceback.print_exception(error)
+        to_console(f"rank {rank}: {words}" + (f"\n(all of it: {log})" if log else ""))
+
+
+def _rank() -> int:
+    """Of this process, under torchrun, Slurm or what litft has started."""
+    names = ("RANK", "SLURM_PROCID") if os.environ.get("LITFT_RUN_FOLDER") is None else ("LOCAL_RANK",)
+    return next((int(os.environ[name]) for name in (*names, "LOCAL_RANK") if os.environ.get(name, "").isdigit()), 0)
 
 
 def entry() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock
 from lightning import LightningDataModule
 
 from litft.data import hub, tokens
@@ -362,11 +363,14 @@ class ChatData(LightningDataModule):
         )
         size = path.stat().st_size if local and path.is_file() else 0
         workers = min(8, os.cpu_count() or 1) if size > tokens.PARALLEL_FROM else 1
-        with Progress(f"encoding {path.name}") as advance:
+        folder = cache_dir() / "tokens" / key
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # of the processes of a run, those on other machines with the same disk included, one encodes
+        with FileLock(folder.with_name(f".{key}.lock")), Progress(f"encoding {path.name}") as advance:
             store = tokens.encode_file(
                 lambda: read_rows(source, revision=self.revision),
                 functools.partial(_encode, encoder),
-                cache_dir() / "tokens" / key,
+                folder,
                 file=source,
                 skip_bad=self.bad_rows == "skip",
                 workers=workers,

@@ -43,9 +43,8 @@ class Console(Logger):
         self._printed = 0.0
         self._clock: tuple[int, float] | None = None
 
-    @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Print a record (what has no `step` isn't one)."""
+        """Print a record (what has no `step` isn't one); processes but the first print to their own log."""
         if "step" not in metrics:
             return
         now = time.monotonic()

@@ -6,11 +6,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from litft.engine.rank_logs import to_console
 
 POLL_S = 0.3
 GRACE_S = {"first": 20.0, "other": 3.0}
@@ -59,7 +60,7 @@ class Watch:
 
     def _say(self) -> None:
         if self._aloud and self._said.acquire(blocking=False):
-            print(f"error: {self._line}", file=sys.stderr, flush=True)
+            to_console(f"error: {self._line}")
 
     def _run(self) -> None:
         while not self._over:

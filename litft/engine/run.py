@@ -21,6 +21,7 @@ from litft.engine.checkpoints import Checkpoints, in_parts
 from litft.engine.console import Console, plan_lines
 from litft.engine.metrics import MetricsCSV, StepMetrics, peak_memory_gb
 from litft.engine.peers import Watch, dead_worker, watch
+from litft.engine.rank_logs import redirect
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
 from litft.engine.signals import Signals, Stopped
@@ -109,11 +110,13 @@ def model_line(method: Method) -> str:
 class _Opening(Callback):
     """Says what learns once the model is built, and begins the run's files once its checkpoint has been accepted."""
 
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self.begin, self.said = begin, False
+    def __init__(self, folder: Path, begin: Callable[[], None]) -> None:
+        self.folder, self.begin, self.said = folder, begin, False
         self.peers: Watch | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if not trainer.is_global_zero:  # by now the first process has made the folder, and all have met
+            redirect(self.folder, trainer.global_rank, trainer.world_size)
         self.peers = self.peers or watch(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -193,7 +196,7 @@ def run(
 
     if checkpoint is None:  # there is nothing that a refusal could spoil, and a crash leaves a trace
         begin()
-    opening = _Opening(begin)
+    opening = _Opening(folder, begin)
     added: list[Any] = [
         opening,
         metrics,

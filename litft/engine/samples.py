@@ -14,6 +14,7 @@ from litft.data.conversation import Conversation
 from litft.errors import UserError
 from litft.methods.base import Method
 from litft.models.compiled import eager
+from litft.models.shard import root_gathered
 
 
 class Samples(Callback):
@@ -55,11 +56,15 @@ class Samples(Callback):
         """Print answers where asked for."""
         if self.during and not trainer.sanity_checking and self.questions:
             for question, answer in zip(self.questions, self.answer(pl_module), strict=True):
+                if not trainer.is_global_zero:
+                    continue
                 print(f"    > {last_user(question)}\n    {answer}")
 
     @staticmethod
     def can_answer(trainer: Trainer) -> bool:
-        """Whether this process answers: the first, where it has all of the model."""
+        """Whether this process answers: the first, where it has all of the model; where each has a part, all do."""
+        if getattr(trainer.strategy, "parallel", None) is not None:
+            return True
         whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
         return whole and trainer.is_global_zero
 
@@ -98,7 +103,12 @@ def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: in
     bundle = ChatModel(model, method.tokenizer, settings, set(settings.eos_token_id or ()), encoder)
     device = next(model.parameters()).device
     half = getattr(method, "compute_dtype", None)
-    with eager(), _answering(model), torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
+    with (
+        eager(),
+        _answering(model),
+        root_gathered(method.net),
+        torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None),
+    ):
         return generate(bundle, questions, max_new_tokens=max_new_tokens, temperature=0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +64,17 @@ def let_go(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def root_gathered(net: nn.Module) -> Iterator[None]:
+    """Inside the context the model may be run without the root, as generation does; layers gather themselves."""
+    if isinstance(net, FSDPModule):
+        net.unshard()
+    try:
+        yield
+    finally:
+        let_go(net)
 
 
 def is_sharded(model: nn.Module) -> bool:
