@@ -101,27 +101,31 @@ class Background(TorchCheckpointIO):
 
     def _try(self, content: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
         try:
-            _give_way()
-            made = not path.parent.exists()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                for name, value in content.items():
-                    _write(path.with_name(name), value, as_parts=name != path.name)
-            except BaseException:
-                for name in content:  # the room they take may be what the rest of the run lacks
-                    for written in (path.with_name(name), files.sum_of(path.with_name(name))):
-                        written.unlink(missing_ok=True)
-                if made:
-                    with contextlib.suppress(OSError):  # another process's part is there
-                        path.parent.rmdir()
-                raise
-            if then:
-                then()
+            _write(content, path, then)
         except Exception as error:
             self._error = path, error
 
 
-def _write(path: Path, value: Any, as_parts: bool) -> None:
+def _write(content: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+    _give_way()
+    made = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, value in content.items():
+            _write_file(path.with_name(name), value, as_parts=name != path.name)
+    except BaseException:
+        for name in content:  # the room they take may be what the rest of the run lacks
+            for written in (path.with_name(name), files.sum_of(path.with_name(name))):
+                written.unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):  # another process's part is there
+                path.parent.rmdir()
+        raise
+    if then:
+        then()
+
+
+def _write_file(path: Path, value: Any, as_parts: bool) -> None:
     with _File(io.FileIO(path, "w")) as file:
         try:
             with _no_sums_inside():
