@@ -146,11 +146,40 @@ def test_trainer_flags_that_would_cut_planned_steps(
 
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"],
+    ["ddp_spawn", "ddp_fork", "fsdp_cpu_offload", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"],
 )
 def test_strategies_that_cannot_work(strategy: str, mistake: Any, tiny_llama: Path, chats: Path) -> None:
     text = mistake("lora", "--model", tiny_llama, "--data", chats, *CPU, "--trainer.strategy", strategy)
-    assert "mend: --trainer.strategy auto or ddp" in text
+    assert "mend: --trainer.strategy auto, ddp or fsdp" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--trainer.strategy.tensor_size", 2],
+            "fsdp has no option tensor_size; did you mean --trainer.strategy.tensor_",
+        ),
+        (["--trainer.strategy", "fsdp", "--trainer.strategy.replicas", 2], "fsdp has no option replicas"),
+        (["--trainer.strategy.cpu_offload", "maybe"], "--trainer.strategy.cpu_offload maybe"),
+        (
+            ["--trainer.strategy.replicate", 2, "--trainer.devices", 3],
+            "replicate 2 does not divide the run's 3 processes",
+        ),
+        (["--trainer.strategy.context_parallel_size", 0], "context_parallel_size 0: must be at least 1"),
+        (
+            ["--trainer.strategy.tensor_parallel_size", 4, "--trainer.devices", 4],
+            "does not divide the model's 2 key-value",
+        ),
+        (
+            ["--trainer.strategy.context_parallel_size", 3, "--trainer.devices", 3],
+            "does not divide the model's 4 attention",
+        ),
+    ],
+    ids=str,
+)
+def test_options_of_fsdp(words: list[Any], said: str, mistake: Any, tiny_llama: Path, chats: Path) -> None:
+    assert said in mistake("lora", "--model", tiny_llama, "--data", chats, *CPU, *words)
 
 
 def test_all_batches_and_64_bits_are_no_mistake(tiny_llama: Path, chats: Path) -> None:

@@ -1,0 +1,71 @@
+"""The table of what doesn't go together: each entry is met, and said before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import save_tiny
+
+from litft import SFT, Full, LoRA, QLoRA, UserError
+from litft.methods.refusals import TABLE, refuse
+from litft.models.mesh import Sizes
+
+MEETING: dict[str, dict[str, Any]] = {
+    "16-mixed": {"precision": "16-mixed"},
+    "adamw_8bit": {"optimizer": "paged_adamw_8bit"},
+    "step_in_backward": {"step_in_backward": True, "clip": 0.0},
+    "offload parameters": {"offload": "parameters"},
+    "float8": {"float8": True},
+    "qlora": {"tuner": QLoRA(), "tensor": 2},
+    "dora": {"tuner": LoRA(dora=True), "tensor": 2},
+    "pissa": {"tuner": LoRA(init="pissa"), "tensor": 2},
+    "balance_experts": {"balance_experts": 0.1, "context": 2},
+}
+
+
+def asked(path: Path, precision: str = "32-true", tensor: int = 1, context: int = 1, **options: Any) -> Any:
+    method = SFT(str(path), **({"tuner": Full()} | options))
+    strategy = SimpleNamespace(sizes=Sizes(4, tensor, context))
+    return method, SimpleNamespace(strategy=strategy, precision=precision)
+
+
+def test_every_entry_is_met_here(tiny_llama: Path) -> None:
+    met = set()
+    for words, options in MEETING.items():
+        with pytest.raises(UserError) as said:
+            refuse(*asked(tiny_llama, **options))
+        [entry] = [refusal for refusal in TABLE if str(refusal) == str(said.value)]
+        assert words in entry.what and "\nmend: " in str(entry)
+        met.add(entry.what)
+    assert met == {refusal.what for refusal in TABLE}
+
+
+@pytest.mark.parametrize("options", [{}, {"tensor": 2}, {"context": 2}, {"tensor": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize("tuner", [Full(), LoRA()], ids=["full", "lora"])
+def test_what_goes_together_is_let_through(options: dict[str, int], tuner: Any, tiny_llama: Path) -> None:
+    refuse(*asked(tiny_llama, tuner=tuner, **options))
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "options", "said"),
+    [
+        ("gpt2", {}, {"tensor": 2}, "no tensor-parallel plan for gpt2"),
+        ("qwen3_moe", {}, {"tensor": 2}, "cuts layers as litft can't (moe_tp_experts, packed_colwise"),
+        ("llama", {}, {"tensor": 3}, "4 attention heads; 2 would do"),
+        ("llama", {"intermediate_size": 63}, {"tensor": 2}, "63 features in its feed-forward layers"),
+        ("llama", {"num_attention_heads": 2}, {"tensor": 2, "context": 2}, "(of which tensor parallelism leaves 1"),
+    ],
+)
+def test_models_that_cannot_be_shared(
+    family: str, changed: dict[str, Any], options: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    path = save_tiny(tmp_path / "model", family)
+    config = json.loads((path / "config.json").read_text()) | changed
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        refuse(*asked(path, **options))
+    assert said in str(error.value) and "\nmend: " in str(error.value)
