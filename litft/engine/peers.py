@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from litft.engine.heartbeat import Heartbeat
 from litft.engine.rank_logs import to_console
 
 POLL_S = 0.3
@@ -76,9 +77,12 @@ class Watch:
 
 
 def watch(trainer: Any) -> Watch | None:
-    """Watch the processes that a Trainer has started, or in one of those the first; None where it started none.
+    """Watch the processes that a Trainer has started, or in one of those the first, and other machines.
 
-    Processes started from outside (torchrun, Slurm) are watched by what started them.
+    Processes that were started from outside (torchrun, Slurm) on one machine are watched by what started them.
+
+    Returns:
+        None where there is nothing to watch.
     """
     launcher: Any = getattr(trainer.strategy, "launcher", None)
     started: list[subprocess.Popen] = list(getattr(launcher, "procs", []))
@@ -86,6 +90,9 @@ def watch(trainer: Any) -> Watch | None:
         # Lightning's own watch kills this process without a word, and before it can save, when a started one fails
         launcher.procs.clear()
         return Watch(lambda: _dead(started), started)
+    if trainer.num_nodes > 1:
+        leads = trainer.local_rank == 0
+        return Watch(Heartbeat(trainer.node_rank, trainer.num_nodes, leads), aloud=leads)
     if trainer.world_size > 1 and trainer.local_rank and not os.environ.get("TORCHELASTIC_RUN_ID"):
         first = os.getppid()
         line = "the first process of this run has died; go on with the same command and --resume"
