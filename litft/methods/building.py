@@ -89,10 +89,12 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
         fill(model, bare[1], torch.device("cpu") if parallel.cpu_offload else device)
     if masters and method.compute_dtype is torch.bfloat16:
         spread_masters(model)
-    if method.fast_loss:
-        net.head = find_head(model, net.logits)
-    if method.fast_lora and isinstance(method.tuner, LoRA):
-        share_inputs(model, net.logits)
+    half = parallel is not None and method.compute_dtype is not None  # in which layers are gathered
+    with torch.autocast(device.type, method.compute_dtype, enabled=half):
+        if method.fast_loss:
+            net.head = find_head(model, net.logits)
+        if method.fast_lora and isinstance(method.tuner, LoRA):
+            share_inputs(model, net.logits)
     let_go(net)
     method.offloaded = parallel is None and keep_on_host(method, device)
 
