@@ -56,8 +56,13 @@ class _Shared:
     def parallel(self) -> Parallel:
         """The groups; made at the first call, which every process makes."""
         if self._parallel is None:
-            options = {"cpu_offload": self.cpu_offload, "reshard_after_forward": self.reshard_after_forward}
-            self._parallel = Parallel.make(self.sizes, self.root_device, **options)
+            self._parallel = Parallel.make(
+                self.sizes,
+                self.root_device,
+                cpu_offload=self.cpu_offload,
+                hold_gradients=self.hold_gradients,
+                reshard_after_forward=self.reshard_after_forward,
+            )
         return self._parallel
 
 

@@ -12,6 +12,7 @@ counted:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -66,6 +67,9 @@ class Facts:
         compiled: whether the layers are compiled.
         trains_base: whether the model's own weights learn.
         device: cpu or cuda.
+        rest: of the weights, those outside of decoder layers.
+        gathered: what processes that share weights hold besides their own part at a time.
+        exchange: gradients on their way to the others.
     """
 
     weights: int
@@ -89,6 +93,65 @@ class Facts:
     compiled: bool
     trains_base: bool
     device: str
+    rest: int = 0
+    gathered: float = 0.0
+    exchange: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How processes share a model.
+
+    Attributes:
+        shard: over how many its weights are cut.
+        tensor: how many share its layers' products.
+        context: how many share the tokens of a micro-batch.
+        offload: whether weights, gradients and the optimizer's states lie in the host's memory.
+        hold: whether gradients stay whole until the last micro-batch of a step.
+    """
+
+    shard: int = 1
+    tensor: int = 1
+    context: int = 1
+    offload: bool = False
+    hold: bool = False
+
+
+def share(facts: Facts, measured: Kept, sharing: Sharing) -> tuple[Facts, Kept]:
+    """What is left to one process of facts about the whole model.
+
+    Args:
+        facts: of one device that has all of the model.
+        measured: of the whole model's layers.
+        sharing: by whom.
+    """
+    shard, tensor = sharing.shard, sharing.tensor
+    layers = (facts.weights - facts.rest) / tensor
+    bytes_a_weight = 4 if facts.trains_base else 2  # as stored; a frozen base is gathered as it is
+    layer = facts.layer / tensor * (facts.item / bytes_a_weight if facts.trains_base else 1.0)
+    learning = facts.learning / tensor / shard
+    exchange = facts.layer / tensor / bytes_a_weight * (4 + facts.item) if facts.trains_base else 0.0
+    exchange += 4.0 * facts.learning / tensor if sharing.hold else 0.0
+    on_host = sharing.offload and facts.device == "cuda"
+    cut = dataclasses.replace(
+        facts,
+        weights=0 if on_host else round((layers + facts.rest) / shard),
+        learning=0 if on_host else round(learning),
+        gradients=0 if on_host else round(facts.gradients / tensor / shard),
+        small=round(facts.small / shard),
+        tokens=-(-facts.tokens // sharing.context),
+        targets=-(-facts.targets // sharing.context),
+        buckets=False,
+        gathered=facts.rest + 2 * layer,
+        exchange=exchange,
+    )
+    whole = 4.0  # of a layer's input are kept by its norms and sums, which each process makes all of
+    kept = [
+        min(a, whole * b) + max(0.0, a - whole * b) / tensor
+        for a, b in zip(measured.layers, measured.inputs, strict=True)
+    ]
+    products = [product / tensor for product in measured.products]
+    return cut, dataclasses.replace(measured, layers=kept, products=products, constant=0.0)
 
 
 OVERHEAD = {"cpu": 150e6, "cuda": 600e6}
@@ -146,10 +209,11 @@ def predict(measured: Kept, facts: Facts, choice: Choice) -> dict[str, float]:
     before = gradients if facts.several else 0.0
     work *= facts.tokens  # once the logits are gone
     sorting = EXPERTS * max(measured.layers) * facts.tokens if facts.experts else 0.0
+    work += facts.exchange
     ahead = before + kept * facts.tokens + max(logits, head_gradient + work)
     back = gradients + head_gradient + work
     parts = {
-        "weights": weights,
+        "weights": weights + facts.gathered,
         "optimizer": 0.0 if host and facts.trains_base else moments,
         "gradients": before if ahead > back else gradients,
         "activations": kept * facts.tokens if ahead > back else work,

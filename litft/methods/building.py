@@ -65,6 +65,8 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
         merge_adapter(model, adapter)
     stored = sum(file.stat().st_size for file in method.source.folder.glob("*.safetensors"))
     method.loading_bytes = stored if dtype.itemsize > 2 else 0  # read through a map of the files, cast beside it
+    if parallel:  # each process reads its own part, or all has to be there before it is cut up
+        method.loading_bytes = 0 if bare else sum(p.numel() * p.element_size() for p in model.parameters())
     method.applied = method.tuner.apply(model)
     if adapter is not None and isinstance(method.tuner, LoRA):
         method.tuner.load(model, adapter)

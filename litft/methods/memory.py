@@ -11,7 +11,7 @@ from torch import Tensor
 from litft.data.batch import Batch, pack_documents, pad_documents
 from litft.data.plan import MicroBatch
 from litft.engine.kept import Kept, measure
-from litft.engine.memory import SMALL_TENSOR, Facts, MemoryPlan, candidates, cheapest
+from litft.engine.memory import SMALL_TENSOR, Facts, MemoryPlan, Sharing, candidates, cheapest, share
 from litft.engine.room import room_on
 from litft.errors import UserError
 from litft.methods.compiling import wants_compiling
@@ -22,6 +22,7 @@ from litft.tuners.quant import storage_bytes
 
 if TYPE_CHECKING:
     from litft.methods.base import Method
+    from litft.models.mesh import Parallel
 
 MOMENTS = {"sgd": 0.0, "adamw_bf16": 4.0}
 """Bytes a weight of optimizers that keep others than two fp32 moments."""
@@ -90,10 +91,12 @@ def plan_memory(method: Method) -> MemoryPlan | None:
         if layers and not on_host:
             keep_less(layers, "full" if method.offload == "activations" else fixed, _said(method.offload))
         return None
-    facts = _facts(method, method.micro_batch, device)
+    facts = facts_of(method, method.micro_batch, device)
     now: torch.device = method.net.model.get_input_embeddings().weight.device  # a Fabric script moves it later
     with torch.autocast(now.type, method.compute_dtype, enabled=method.compute_dtype is not None):
-        measured = _measured(method, layers, now)
+        measured = measure_layers(method, layers, now)
+    if method.parallel:
+        facts, measured = share(facts, measured, sharing_of(method.parallel))
     small = None
     if method.optimizer_name != "auto":
         small = method.optimizer_name in EIGHT_BITS
@@ -180,7 +183,20 @@ def _least(method: Method) -> float:
     return storage_bytes(method.net) + learning * (4 + 2.03 + copies)
 
 
-def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
+def sharing_of(parallel: Parallel) -> Sharing:
+    """How the processes of a run share its model; its layers are cut by tensor parallelism already."""
+    sizes = parallel.sizes
+    return Sharing(sizes.shard, 1, sizes.context, parallel.cpu_offload, parallel.hold_gradients)
+
+
+def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
+    """What of a run decides its memory, for a device that has all of the model.
+
+    Args:
+        method: its model built, or a skeleton of it.
+        batch: the largest micro-batch.
+        device: where it will run.
+    """
     model: Any = method.net.model
     learning = list(method.trainable_parameters())
     bytes_of = [p.numel() * p.element_size() for p in learning]
@@ -211,10 +227,13 @@ def _facts(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         compiled=wants_compiling(method, device),
         trains_base=method.tuner.trains_base,
         device="cuda" if device.type == "cuda" else "cpu",  # other accelerators share the host's memory
+        rest=storage_bytes(method.net) - sum(map(storage_bytes, layers_of(model))),
     )
 
 
-def _measured(method: Method, layers: list[Any], device: torch.device) -> Kept:
+def measure_layers(method: Method, layers: list[Any], device: torch.device) -> Kept:
+    """What each layer keeps for the backward pass, on whatever device the model is now."""
+
     def batch(documents: Any) -> Batch:
         packs = method.cannot_pack is None
         made = pack_documents(documents, 1.0) if packs else pad_documents(documents, 1.0, 0)

@@ -82,6 +82,7 @@ class Parallel:
         weights: mesh over all processes with the dimensions replicate, shard, tensor.
         tokens: mesh over all processes with the dimensions data, context, tensor.
         cpu_offload: weights, gradients and the optimizer's states lie in the host's memory.
+        hold_gradients: gradients are exchanged once an optimizer step.
         reshard_after_forward: a layer's weights are let go after the forward pass and gathered again in the backward.
     """
 
@@ -89,6 +90,7 @@ class Parallel:
     weights: DeviceMesh
     tokens: DeviceMesh
     cpu_offload: bool = False
+    hold_gradients: bool = False
     reshard_after_forward: bool = True
 
     @classmethod
