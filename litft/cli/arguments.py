@@ -57,6 +57,8 @@ def expand(argv: list[str], command_tuner: str | None) -> list[str]:
     said = [_plain(entry) for entry in said if entry.key not in ("model.tuner", "model.tuner.class_path")]
     said, sharded = _strategy(said)
     keys.check([(entry.key, entry.where) for entry in said], tuner, sharded)
+    if any(entry.key.startswith("plan.") for entry in said) and not any(e.key == "data.train" for e in said):
+        said = [*said, Said("data.train", "[]", "--plan")]  # no rows are needed to plan for devices
     words = [f"--model.tuner={TUNERS.get(tuner, tuner)}"] if tuner else []
     said = _last(said)
     _refuse_hidden(said)

@@ -19,7 +19,10 @@ SWITCHES = {
     "dry_run": "Do everything up to the first step and print the plan.",
     "json": "With --dry_run: the plan as JSON.",
 }
-COMMAND = ("seed_everything", "out", "val_every_n_steps", "patience", "allow_changed", "config", "print_config", "help")
+COMMAND = (
+    *("seed_everything", "out", "val_every_n_steps", "patience", "allow_changed", "config", "print_config", "help"),
+    *("plan.devices", "plan.device_memory_gb"),
+)
 """Keys of the command itself, beside the switches."""
 GROUPS = {
     "model": [("litft", "methods/base.py", "Method")],

@@ -46,11 +46,11 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.at, self.known, self.here = -1, set(known), set[int]()
         self.saved, self.products, self.inputs = ([0] * (len(layers) + 1) for _ in range(3))
-        self.alive: list[Tensor] = []  # storages must not be reused while they are told apart by address
+        self.alive: list[Tensor] = []  # storages, told apart by address, must not be reused
 
     def gathered(self, module: nn.Module, *_: Any) -> None:
         """Know a module's weights, which sharded ones only are while it runs."""
-        self.here = {p.untyped_storage().data_ptr() for p in module.parameters() if not isinstance(p, DTensor)}
+        self.here = {p.untyped_storage()._cdata for p in module.parameters() if not isinstance(p, DTensor)}
         self.here -= self.known
         self.known |= self.here
 
@@ -69,8 +69,8 @@ class _Watch(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.known.add(storage.data_ptr())
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
             self.alive.append(tensor.detach())
             self.saved[self.at] += storage.nbytes()
         # there is no backward pass; and a graph that held the tensors themselves would never be freed
@@ -93,7 +93,7 @@ def measure(model: nn.Module, layers: list[nn.Module], loss: Callable[[Batch], T
         pack: documents -> micro-batch on the model's device.
     """
     tensors = (t for t in itertools.chain(model.parameters(), model.buffers()) if not isinstance(t, DTensor))
-    known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    known = {tensor.untyped_storage()._cdata for tensor in tensors}
     found = []
     for tokens in LENGTHS:
         trained = np.arange(tokens) == tokens - 1
