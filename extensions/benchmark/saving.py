@@ -35,7 +35,7 @@ class Timed(Checkpoints):
     def save(self, trainer: Trainer, now: bool = False, alone: bool = False) -> None:
         """Time it, where training goes on after it."""
         began = time.perf_counter()
-        self._say_failure()  # waits for the one before
+        self._say_failure(trainer)  # waits for the one before
         self.waits.append(time.perf_counter() - began)
         if not now:
             states = [s for o in trainer.optimizers for s in o.state.values()]

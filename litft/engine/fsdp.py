@@ -119,12 +119,18 @@ class FSDP(_Shared, ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients whole and to oneself until a backward pass outside of the context, where that is asked for."""
+        """Wait with what need not be exchanged after each micro-batch.
+
+        Gradients are cut up at once, since whole ones take memory, unless `hold_gradients` says otherwise; between
+        groups that each hold all weights they are exchanged after the last one only.
+        """
         net: Any = self.lightning_module.net  # type: ignore[union-attr]
+        net.set_requires_all_reduce(False)
         net.set_requires_gradient_sync(not self.hold_gradients)
         try:
             yield
         finally:
+            net.set_requires_all_reduce(True)
             net.set_requires_gradient_sync(True)
 
     # ---- checkpoints: every process has its part of what is trained, and hands that to the CheckpointIO
