@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from training import difference, train
 
 import litft
 
+QUICKSTART = Path(__file__).parent.parent / "tutorials" / "data" / "quickstart.jsonl"
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.05, "clip": 1.0}
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "clip": 1.0, "weight_decay": 0.1}
 METHODS = {"sgd": SGD, "adamw": ADAMW}
@@ -128,3 +130,34 @@ def test_each_process_holds_its_part(straight: dict[str, Any], several: dict[str
         for rank in range(2 if how in IN_TWO else 4):
             for what in ("weights", "moments"):
                 assert many[f"rank{rank}"]["held"][what] < share * one[what], (how, what)
+
+
+@pytest.mark.slow
+def test_the_default_model_makes_the_same_steps(tmp_path: Path) -> None:
+    """SmolLM2-135M in fp32, full tuning: one process, ddp, fsdp."""
+    from litft.models.alias import DEFAULT_MODEL
+
+    plan = {"rows": str(QUICKSTART), "tokens_per_step": 500, "tokens_per_batch": 500, "model": DEFAULT_MODEL}
+    plan |= {"method": {"optimizer": "adamw", "lr": 1e-4, "clip": 1.0}, "trainer": {"max_steps": 3}}
+    one = train(**plan)
+    jobs = {"ddp": dict(plan), "fsdp": plan | {"fsdp": {}}}
+    for many in run_in(2, jobs, tmp_path).values():
+        assert many["losses"] == pytest.approx(one.losses, rel=1e-5)
+        assert many["norms"] == pytest.approx(one.norms, rel=1e-4)
+        assert difference(many["weights"], one.weights) < 1e-4
+    assert one.losses[2] < one.losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_loading_and_writing_take_no_copies(tuner: str, tmp_path: Path) -> None:
+    """Four ranks: the model once on the host (and 0.3), and no more than a file's worth beside a part to write it."""
+    from extensions.benchmark.loading import measure
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20}
+    path = save_tiny(tmp_path / "model", "llama", **sizes, initializer_range=0.02)
+    found = measure(str(path), tuner, 4, "bf16-mixed", first_pass=False)
+    assert found["copy"] > 4e8
+    assert found["load"] < 1.3 * found["copy"], found
+    assert found["held"] < 0.3 * found["copy"]
+    assert found["write"] < found["largest"] + 300e6, found

@@ -77,8 +77,8 @@ class Shell:
         raise AssertionError("no such process")
 
 
-def blocks(kind: str) -> list[str]:
-    text = (ROOT / "tutorials" / "interruptions.md").read_text()
+def blocks(kind: str, page: str = "interruptions") -> list[str]:
+    text = (ROOT / "tutorials" / f"{page}.md").read_text()
     return re.findall(rf"```{kind}\n(.*?)```", text, re.S)
 
 
@@ -139,3 +139,35 @@ def test_interruptions_python(shell: Shell) -> None:
     assert again.count("ckpt_path") == 1
     shell.python(again)
     assert (out / "last").resolve().name == "step-000012"
+
+
+@pytest.mark.slow
+def test_many_devices_one_machine(shell: Shell) -> None:
+    one, plan = blocks("bash", "many-devices")[:2]
+    copies, shared = one.strip().splitlines()
+    more = "--samples.count 0 --trainer.max_steps 6 --trainer.accelerator cpu"
+    for command, run in ((copies, "copies"), (shared, "shared")):
+        code, said = shell.run(command.replace("--trainer.devices 8", "--trainer.devices 2"), MORE=more)
+        assert code == 0 and shell.steps(run) == list(range(7)), said
+        assert "rank 1 of 2" in (shell.folder / "runs" / run / "logs" / "rank-0001.log").read_text()
+    code, said = shell.run(plan.replace("--model MODEL", ""), MORE="")
+    assert code == 0 and "choose: " in said, said
+
+
+@pytest.mark.slow
+def test_many_devices_slurm(shell: Shell) -> None:
+    """Slurm's own variables, and two tasks on this machine."""
+    (job,) = blocks("bash job.sh", "many-devices")
+    tasks = """shift
+export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_NODELIST=127.0.0.1 SLURM_JOB_NAME=job
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
+wait $first; code=$?; wait $second; exit $code"""
+    shell.script("srun", tasks)
+    shell.script("scontrol", 'echo "$@" >> requeued')
+    (shell.folder / "job.sh").write_text(job.replace("runs/slurm", "runs/slurm2"))
+    more = "--samples.count 0 --trainer.max_steps 6 --trainer.accelerator cpu"
+    for _ in range(2):  # the second finds it done
+        code, said = shell.run("bash job.sh", SLURM_JOB_ID="77", MORE=more)
+        assert code == 0 and said.count("the result:") == 1 and shell.steps("slurm2") == list(range(7)), said
+    assert "going on from step 6 of 6" in said

@@ -174,10 +174,7 @@ def _trainer(cli: Any) -> Any:
     bar = sys.stderr.isatty() if said.enable_progress_bar is None else said.enable_progress_bar
     if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(Bar())
-    processes: dict[str, Any] = {}
-    if "TORCHELASTIC_RUN_ID" in os.environ and (said.devices, said.num_nodes) == ("auto", 1):
-        here, all_of_them = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-        processes = {"devices": here, "num_nodes": all_of_them // here}
+    processes = _started_outside() if (said.devices, said.num_nodes) == ("auto", 1) else {}
     limits = {"max_epochs": 1} if said.max_epochs is None and said.max_steps == -1 else {}
     try:
         return cli.make_trainer(
@@ -193,6 +190,19 @@ def _trainer(cli: Any) -> Any:
         if said.accelerator not in ("auto", "cpu"):
             raise UserError(f"--trainer.accelerator {said.accelerator}: {text[:200]}\n{_devices()}") from error
         raise UserError(f"trainer: {text[:300]}") from error
+
+
+def _started_outside() -> dict[str, Any]:
+    """How many processes there are on each machine and how many machines, where torchrun or Slurm has started them."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        here, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        return {"devices": here, "num_nodes": world // here}
+    if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return {"devices": int(os.environ["SLURM_NTASKS"]) // nodes, "num_nodes": nodes}
+    return {}
 
 
 def _devices() -> str:

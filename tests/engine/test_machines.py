@@ -79,7 +79,7 @@ class Job:
                         stderr=subprocess.STDOUT,
                         env=environment,
                         start_new_session=True,
-                    )  # fmt: skip
+                    )
                 )
 
     def wait(self, seconds: float) -> list[int]:
