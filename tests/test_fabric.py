@@ -78,10 +78,15 @@ def test_losses_and_weights_equal_the_command_lines(run, monkeypatch):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
 
 
-def test_two_devices_give_the_same_losses(run):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_devices_give_the_same_losses(run, strategy):
     folder, words = run
-    command = [sys.executable, str(SCRIPT), *words, "--out", str(folder / "two"), "--devices", "2", "--strategy", "ddp"]
+    out = folder / strategy
+    command = [sys.executable, str(SCRIPT), *words, "--out", str(out), "--devices", "2", "--strategy", strategy]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("step ")]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(cli_losses(folder)), rtol=1e-6, atol=1.1e-6)
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (out, folder / "cli" / "final"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)

@@ -3,8 +3,8 @@
     python -m extensions.benchmark.loading --model FOLDER --tuner full --ranks 1 2 4
 
 Processes load the model as `litft finetune --trainer.strategy fsdp` does, on the CPU with gloo. While they do, the
-memory that they take beyond what they had before (proportional set size, in which a page that two processes share counts
-half in each) is summed over them every few milliseconds.
+memory that they take beyond what they had before (proportional set size, in which a page that two processes share
+counts half in each) is summed over them every few milliseconds.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def measure(
             what lies outside of the layers, and two layers.
 
     Returns:
-        `copy`: bytes of the whole model as it is loaded; `load`: the peak over all processes above what they had before;
-        `held`: the most that a process holds of the weights; `seconds`; `write`: the most that a process takes while
+        `copy`: bytes of the whole model as it is loaded; `load`: the peak over all processes above what they had
+        before; `held`: the most that a process holds of the weights; `seconds`; `write`: the most that a process takes while
         the result is written, above what it had before; `largest`: of the files written.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
@@ -67,7 +67,8 @@ def measure(
                 process.kill()
         if any(codes):
             raise RuntimeError("a process failed")
-        found: list[dict[str, float]] = [json.loads((Path(folder) / f"found-{rank}").read_text()) for rank in range(ranks)]
+        said = [Path(folder) / f"found-{rank}" for rank in range(ranks)]
+        found: list[dict[str, float]] = [json.loads(path.read_text()) for path in said]
         most = {key: max(one[key] for one in found) for key in found[0]}
         return {"load": peak - before, **most}
 

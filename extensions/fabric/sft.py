@@ -1,6 +1,6 @@
 """Supervised fine-tuning with a loop of your own: the parts of `litft finetune`, driven by Lightning Fabric.
 
-    python extensions/fabric/sft.py --data tutorials/data/quickstart.jsonl --devices 2
+    python extensions/fabric/sft.py --data tutorials/data/quickstart.jsonl --devices 2 --strategy fsdp
 
 Backward, clip, step and schedule stand in plain sight; change them. The losses are those of the command line.
 """
@@ -8,32 +8,33 @@ Backward, clip, step and schedule stand in plain sight; change them. The losses 
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 from lightning import Fabric
 
 from litft import SFT, ChatData, Full, LoRA, QLoRA
+from litft.engine.fsdp import FabricFSDP
 from litft.engine.precision import default_precision
 from litft.engine.randomness import seed_step
+from litft.models.mesh import data_ranks
 
 
 def main(args: argparse.Namespace) -> list[float]:
     """Train and write OUT; returns the loss of each optimizer step."""
     precision = args.precision or default_precision()
-    fabric = Fabric(devices=args.devices, accelerator=args.accelerator, precision=precision, strategy=args.strategy)
+    strategy = FabricFSDP() if args.strategy == "fsdp" else args.strategy
+    fabric = Fabric(devices=args.devices, accelerator=args.accelerator, precision=precision, strategy=strategy)
     fabric.launch()
-    os.environ["PL_GLOBAL_SEED"] = str(args.seed)
-    torch.manual_seed(args.seed)
+    fabric.seed_everything(args.seed)
 
     method = SFT(path=args.model, tuner={"full": Full, "lora": LoRA, "qlora": QLoRA}[args.tuner](), lr=args.lr)
     data = ChatData(args.data, tokens_per_step=args.tokens_per_step)
     with fabric.rank_zero_first():  # the first encodes, the others read its cache
-        data.prepare(method, max_steps=args.max_steps, ranks=fabric.world_size, rank=fabric.global_rank)
+        data.prepare(method, max_steps=args.max_steps, **data_ranks(fabric))
     method.take_plan(data)
-    method.build(precision, fabric.device)
+    method.build(precision, fabric.device, getattr(fabric.strategy, "parallel", None))
     [optimizer], [schedule] = method.configure_optimizers()
-    method, optimizer = fabric.setup(method, optimizer)
+    method, optimizer = fabric.setup_module(method), fabric.setup_optimizers(optimizer)
     method.mark_forward_method("loss")
     with fabric.autocast():
         method.module.compile_if_worth()  # where the run is long enough
@@ -44,8 +45,7 @@ def main(args: argparse.Namespace) -> list[float]:
             seed_step(step["seed"])
             total = torch.zeros((), device=fabric.device)
             for index, batch in enumerate(step["micro_batches"]):
-                last = index == len(step["micro_batches"]) - 1
-                with fabric.no_backward_sync(method, enabled=not last):
+                with fabric.no_backward_sync(method, enabled=index < len(step["micro_batches"]) - 1):
                     loss = method.loss(batch)  # already divided by the trained tokens of the whole step
                     fabric.backward(loss)
                 total += loss.detach()

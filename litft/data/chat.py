@@ -123,14 +123,12 @@ class ChatData(LightningDataModule):
             _check_limits(trainer)
         elif self.plan is not None:  # validation after training: nothing is planned anew
             return
-        ranks, rank = data_ranks(trainer)
         self.prepare(
             trainer.lightning_module,
             max_epochs=trainer.max_epochs if stage == "fit" else 1,
             max_steps=trainer.max_steps if stage == "fit" else None,
-            ranks=ranks,
-            rank=rank,
             pin_memory=trainer.strategy.root_device.type == "cuda",
+            **data_ranks(trainer),
         )
         trainer.reload_dataloaders_every_n_epochs = 1  # epochs may differ in their number of steps
 

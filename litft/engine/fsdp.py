@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallel
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from litft.engine import part_files
 from litft.engine.background import load
+from litft.engine.guard import global_norm, sum_partial
 from litft.errors import UserError
 from litft.models.mesh import Parallel, Sizes
 from litft.models.parts import like, part_of
@@ -192,11 +193,37 @@ class FabricFSDP(_Shared, FabricModelParallel):
         FabricModelParallel.__init__(self, parallelize_fn=_as_it_is)
         _Shared.__init__(self, **options)
         self._timeout = self.timeout
+        self._summed = False
 
     def setup_environment(self) -> None:
         """Meet the other processes."""
         self._setup_distributed()
         self._device_mesh = self.parallel.weights
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Any,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Clip by the norm over all processes, the only kind there is; what `fabric.clip_gradients` calls."""
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        sum_partial(parameters)
+        self._summed = True
+        norm = global_norm(parameters)
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError("the norm of the gradients is not finite")
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """The step, with whole gradients where nobody has clipped them."""
+        if not self._summed:
+            sum_partial([p for group in optimizer.param_groups for p in group["params"]])
+        self._summed = False
+        return super().optimizer_step(optimizer, **kwargs)
 
 
 def _as_it_is(module: nn.Module, mesh: Any) -> nn.Module:

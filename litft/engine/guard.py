@@ -31,6 +31,7 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
         The global norm before clipping, a scalar on the device; infinite or NaN where the step is skipped.
     """
     parameters = [p for p in parameters if p.grad is not None]
+    sum_partial(parameters)
     norm = global_norm(parameters)
     if getattr(optimizer, "defaults", {}).get("fused"):
         fused: Any = optimizer
@@ -47,18 +48,21 @@ def clip_and_guard(parameters: Iterable[torch.nn.Parameter], optimizer: Optimize
 
 
 @torch.no_grad()
-def global_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, over all processes that have parts of them.
+def sum_partial(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Sum the gradients of which tensor parallelism has left a part in each process; once a step, in one exchange."""
+    partial = [p for p in parameters if cut_of(p).partial and p.grad is not None]
+    if not partial:
+        return
+    grads = [local(p.grad) for p in partial if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    torch.distributed.all_reduce(flat, group=cut_of(partial[0]).group)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
-    Gradients that tensor parallelism has left in parts are summed before, in one exchange.
-    """
-    partial = [p for p in parameters if cut_of(p).partial]
-    if partial:
-        grads = [local(p.grad) for p in partial if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        torch.distributed.all_reduce(flat, group=cut_of(partial[0]).group)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+
+@torch.no_grad()
+def global_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, over all processes that have parts of them; `sum_partial` comes before it."""
     cut = [p for p in parameters if cut_of(p).dim is not None]
     if not cut:
         return _norm([p.grad for p in parameters if p.grad is not None])

@@ -64,14 +64,12 @@ class Outcome:
 def plan(method: Method, data: ChatData, trainer: Trainer) -> dict[str, Any]:
     """Encode, plan, and count: what `--dry_run` shows. Does not load the model."""
     refuse(method, trainer)
-    ranks, rank = data_ranks(trainer)
     data.prepare(
         method,
         max_epochs=trainer.max_epochs,
         max_steps=trainer.max_steps,
-        ranks=ranks,
-        rank=rank,
         pin_memory=trainer.strategy.root_device.type == "cuda",
+        **data_ranks(trainer),
     )
     return data.summary() | {"model": method.path, "tuner": method.tuner.name, "lr": method.lr}
 

@@ -65,12 +65,12 @@ class Sizes:
         return self.world // (self.tensor * self.replicate)
 
 
-def data_ranks(trainer: Any) -> tuple[int, int]:
-    """How many processes of a Trainer's run have rows of their own, and which of them this is."""
+def data_ranks(trainer: Any) -> dict[str, int]:
+    """`ranks`, how many groups of a Trainer's or Fabric's processes have rows of their own, and this one's `rank`."""
     sizes: Sizes | None = getattr(trainer.strategy, "sizes", None)
     if sizes is None:
-        return trainer.world_size, trainer.global_rank
-    return sizes.data, sizes.data_rank(trainer.global_rank)
+        return {"ranks": trainer.world_size, "rank": trainer.global_rank}
+    return {"ranks": sizes.data, "rank": sizes.data_rank(trainer.global_rank)}
 
 
 @dataclass(frozen=True)
