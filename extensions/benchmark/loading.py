@@ -38,8 +38,8 @@ def measure(
 
     Returns:
         `copy`: bytes of the whole model as it is loaded; `load`: the peak over all processes above what they had
-        before; `held`: the most that a process holds of the weights; `seconds`; `write`: the most that a process takes while
-        the result is written, above what it had before; `largest`: of the files written.
+        before; `held`: the most that a process holds of the weights; `seconds`; `write`: the most that a process takes
+        while the result is written, above what it had before; `largest`: of the files written.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
