@@ -12,6 +12,7 @@ from litft.data.batch import pack_documents
 from litft.errors import UserError
 from litft.models.attention import opaque_to_compiler
 from litft.models.compiled import compile_layers, earns
+from litft.models.shard import let_go
 
 if TYPE_CHECKING:
     from litft.methods.base import Method
@@ -26,7 +27,10 @@ def wants_compiling(method: Method, device: torch.device) -> bool:
     if method.compile_layers == "false":
         return False
     reason = opaque_to_compiler(method.net.model, device, method.compute_dtype is not None)
-    if method.liger:
+    sizes = method.parallel.sizes if method.parallel else None
+    if sizes and sizes.tensor * sizes.context > 1:
+        reason = "processes exchange in the middle of a layer (tensor or context parallelism)"
+    elif method.liger:
         reason = "Liger's kernels are for layers that aren't compiled"
     elif method.offloaded:
         reason = "weights come from the host's memory for each pass"
@@ -53,10 +57,16 @@ def compile_if_worth(method: Method) -> None:
         # lengths that are nobody's width: a dimension that equals another one would be taken for it
         documents = [(np.zeros(length, np.int64), np.ones(length, bool)) for length in (41, 32)]
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack_documents(documents, 73).items()}
-        torch.autograd.grad(method.loss(batch), list(method.trainable_parameters()), allow_unused=True)
+        loss = method.loss(batch)
+        if method.parallel:  # what learns is no part of the graph: its gathered stand-in is
+            loss.backward()
+            method.net.zero_grad()
+        else:
+            torch.autograd.grad(loss, list(method.trainable_parameters()), allow_unused=True)
         with torch.no_grad():  # as validation runs them
             method.loss(batch)
 
     method.net.compiled = True
     method.compiled = compile_layers(model, first_pass)
     method.net.compiled = not method.compiled.failed
+    let_go(method.net)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from litft.models.recompute import Again
 
@@ -85,6 +86,9 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
         if isinstance(again, Again) and not again.selective:  # what runs again is the compiled pass
             plain[layer] = again.forward
             again.forward = torch.compile(again.forward, dynamic=True)
+        elif isinstance(layer, FSDPModule):  # without the gathering before and after it
+            plain[layer] = layer.forward
+            layer.forward = torch.compile(layer.forward, dynamic=True)
         else:
             layer.compile(dynamic=True)
     try:
@@ -96,7 +100,10 @@ def compile_layers(model: Any, first_pass: Callable[[], object]) -> Compiled:
             layer._compiled_call_impl = None
             if layer in plain:
                 again = layer.forward
-                again.forward = plain[layer]
+                if isinstance(again, Again):
+                    again.forward = plain[layer]
+                else:
+                    layer.forward = plain[layer]
         text = (str(error).strip().splitlines() or [""])[0]
         return Compiled(failed=f"{type(error).__name__}: {text[:160]}")
     return Compiled(len(layers), time.perf_counter() - start, recompilations())
