@@ -150,3 +150,65 @@ def test_parts_of_all_shapes_come_back(tmp_path: Path) -> None:
     assert not part_files.complete(tmp_path)
     with pytest.raises(ValueError, match="a part of it is missing"):
         part_files.read(tmp_path)["a"].read((0, 0), (7, 5))
+
+
+FULL_DISK = """
+import errno, os, sys
+from litft.cli.main import main
+from litft.engine import background
+write = background._File.write
+def limited(self, data):
+    if os.environ["LOCAL_RANK"] == "1" and "step-000004" in str(self.name):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(self, data)
+background._File.write = limited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_cannot_be_written_costs_that_checkpoint_only(inputs: list[str], tmp_path: Path) -> None:
+    """On the second process's disk alone; the run goes on, and its end doesn't need that checkpoint."""
+    (tmp_path / "script.py").write_text(FULL_DISK)
+    out = tmp_path / "a"
+    words = ["finetune", "full", *inputs, *LIMITS, "--trainer.max_steps", "8", "--out", str(out)]
+    words += ["--trainer.strategy", "fsdp", "--checkpoint.keep_last", "9"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[2]))
+    done = subprocess.run(
+        [*line, str(tmp_path / "script.py"), *words], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [said] = [text for text in done.stderr.splitlines() if "could not be written" in text]
+    assert "step-000004" in said and "another process" in said and said.endswith("training goes on")
+    assert [path.name for path in complete(out / "checkpoints")] == ["step-000002", "step-000006", "step-000008"]
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_process_ends_all_with_a_checkpoint(inputs: list[str], tmp_path: Path) -> None:
+    import signal
+    import time
+
+    from litft.engine.checkpoint_files import newest, step_of
+
+    out = tmp_path / "a"
+    words = ["finetune", "lora", *inputs, *LIMITS, "--trainer.max_steps", "5000", "--out", str(out)]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "fsdp"]
+    line = [sys.executable, "-m", "litft", *words]
+    run = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    try:
+        log = out / "logs" / "rank-0001.log"
+        until = time.monotonic() + 100
+        while not (log.exists() and "step 4/" in log.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        second = int(log.read_text().split("process ")[1].split()[0])
+        os.kill(second, signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 143, said
+    assert said.count("stopped by SIGTERM") == 1 and "--resume" in said
+    kept = newest(out / "checkpoints")
+    assert kept is not None and is_whole(kept) and step_of(kept) >= 4
+    command("lora", "--out", out, "--resume", "--trainer.max_steps", step_of(kept) + 2)
