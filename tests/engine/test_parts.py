@@ -88,6 +88,7 @@ def test_saved_by_two_gone_on_with_by_one_and_by_four(
     assert parts == [part_files.name_of(rank, 4) for rank in range(4)]
 
 
+@pytest.mark.slow
 def test_saved_by_one_gone_on_with_by_two(inputs: list[str], two: dict[str, Path], tmp_path: Path) -> None:
     command("full", *inputs, *LIMITS, "--out", tmp_path / "a", "--trainer.max_steps", 2)
     more = ["--trainer.max_steps", 4, "--resume", "--trainer.devices", 2, "--trainer.strategy", "fsdp"]
