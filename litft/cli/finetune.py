@@ -237,8 +237,8 @@ usage: litft finetune full|lora|qlora --data FILE... [--model ID_OR_FOLDER] [--o
 
 short forms: --data FILE... is --data.train (several files are a mix), --model is --model.path; the tuner's options are
 --model.tuner.r, .alpha, .dropout, .targets and so on. Every key below is a flag and a YAML key. Beside them,
---trainer.strategy fsdp has options of its own: --trainer.strategy.tensor_parallel_size, .context_parallel_size, .replicate,
-.cpu_offload, .reshard_after_forward, .hold_gradients, .timeout_minutes (tutorials/many-devices.md).
+--trainer.strategy fsdp has options of its own: --trainer.strategy.tensor_parallel_size, .context_parallel_size,
+.replicate, .cpu_offload, .reshard_after_forward, .hold_gradients, .timeout_minutes (tutorials/many-devices.md).
 """
 
 
