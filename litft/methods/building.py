@@ -92,11 +92,19 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
     if masters and method.compute_dtype is torch.bfloat16:
         spread_masters(model)
     half = parallel is not None and method.compute_dtype is not None  # in which layers are gathered
-    with torch.autocast(device.type, method.compute_dtype, enabled=half):
-        if method.fast_loss:
-            net.head = find_head(model, net.logits)
-        if method.fast_lora and isinstance(method.tuner, LoRA):
-            share_inputs(model, net.logits)
+    try:
+        with torch.autocast(device.type, method.compute_dtype, enabled=half):
+            if method.fast_loss:
+                net.head = find_head(model, net.logits)
+            if method.fast_lora and isinstance(method.tuner, LoRA):
+                share_inputs(model, net.logits)
+    except RuntimeError as error:  # a few families have the number of heads in their code
+        if parallel is None or parallel.sizes.tensor == 1:
+            raise
+        kind, text = model.config.model_type, str(error).partition("\n")[0]
+        raise UserError(
+            f"--trainer.strategy.tensor_parallel_size: a {kind} can't be run with cut layers ({text})\nmend: leave it out"
+        ) from error
     let_go(net)
     method.offloaded = parallel is None and keep_on_host(method, device)
 

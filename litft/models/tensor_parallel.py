@@ -104,6 +104,7 @@ def cut_up(model: Any, parallel: Parallel) -> None:
             other = module.lora_A if style == COLUMNS else module.lora_B
             other.cut = Cut(None, rank, size, group, partial=True)  # type: ignore[attr-defined]
     columns = [name for name, style in plan.items() if style == COLUMNS]
+    _refuse_unplanned(model, plan, columns)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in columns):
         children = [name for name in columns if name.rpartition(".")[0] == parent]
         others = [
@@ -111,6 +112,28 @@ def cut_up(model: Any, parallel: Parallel) -> None:
         ]
         for name in children if others else [parent]:
             _copy_input(model.get_submodule(name), group)
+
+
+def _refuse_unplanned(model: Any, plan: dict[str, str], columns: list[str]) -> None:
+    """Refuse weights between cut layers that the plan leaves out: each process would have a part of their gradient.
+
+    Raises:
+        UserError: naming one.
+    """
+    from litft.tuners.layers import Adapter
+    from litft.tuners.targets import is_linear
+
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in columns):
+        for leaf, module in model.get_submodule(parent).named_children():
+            name = f"{parent}.{leaf}"
+            known = any(planned == name or planned.startswith(f"{name}.") for planned in plan)
+            if known or is_linear(module) or isinstance(module, Adapter) or next(module.parameters(), None) is None:
+                continue
+            kind = model.config.model_type
+            raise UserError(
+                f"--trainer.strategy.tensor_parallel_size: transformers' plan for {kind} says nothing of {name}\n"
+                "mend: leave it out"
+            )
 
 
 def _cut(module: nn.Module, name: str, dim: int, rank: int, size: int, group: Any) -> None:

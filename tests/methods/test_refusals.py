@@ -69,3 +69,16 @@ def test_models_that_cannot_be_shared(
     with pytest.raises(UserError) as error:
         refuse(*asked(path, **options))
     assert said in str(error.value) and "\nmend: " in str(error.value)
+
+
+def test_weights_between_cut_layers_that_a_plan_leaves_out() -> None:
+    """Apertus's activation has some: each process would have a part of their gradient, and nobody would sum it."""
+    from transformers import ApertusConfig, AutoModelForCausalLM
+
+    from litft.models.tensor_parallel import _refuse_unplanned, plan_of
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    model = AutoModelForCausalLM.from_config(ApertusConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    plan = plan_of(model)
+    with pytest.raises(UserError, match="says nothing of model.layers.0.mlp.act_fn"):
+        _refuse_unplanned(model, plan, [name for name, style in plan.items() if style == "colwise"])
