@@ -103,7 +103,8 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
             raise
         kind, text = model.config.model_type, str(error).partition("\n")[0]
         raise UserError(
-            f"--trainer.strategy.tensor_parallel_size: a {kind} can't be run with cut layers ({text})\nmend: leave it out"
+            f"--trainer.strategy.tensor_parallel_size: a {kind} can't be run with cut layers ({text})\n"
+            "mend: leave it out"
         ) from error
     let_go(net)
     method.offloaded = parallel is None and keep_on_host(method, device)

@@ -80,5 +80,5 @@ def test_weights_between_cut_layers_that_a_plan_leaves_out() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     model = AutoModelForCausalLM.from_config(ApertusConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
     plan = plan_of(model)
-    with pytest.raises(UserError, match="says nothing of model.layers.0.mlp.act_fn"):
+    with pytest.raises(UserError, match=r"says nothing of model\.layers\.0\.mlp\.act_fn"):
         _refuse_unplanned(model, plan, [name for name, style in plan.items() if style == "colwise"])
