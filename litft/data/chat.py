@@ -361,10 +361,10 @@ class ChatData(LightningDataModule):
         )
         size = path.stat().st_size if local and path.is_file() else 0
         workers = min(8, os.cpu_count() or 1) if size > tokens.PARALLEL_FROM else 1
-        folder = cache_dir() / "tokens" / key
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder, lock = cache_dir() / "tokens" / key, cache_dir() / "locks" / f"{key}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
         # of the processes of a run, those on other machines with the same disk included, one encodes
-        with FileLock(folder.with_name(f".{key}.lock")), Progress(f"encoding {path.name}") as advance:
+        with FileLock(lock), Progress(f"encoding {path.name}") as advance:
             store = tokens.encode_file(
                 lambda: read_rows(source, revision=self.revision),
                 functools.partial(_encode, encoder),

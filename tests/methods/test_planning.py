@@ -56,11 +56,11 @@ def test_a_model_without_memory_keeps_what_a_real_one_keeps(family: str, tuner: 
 def test_a_70b_model_is_planned_in_a_minute_and_2_gb(of_70b: Path) -> None:
     words = ["--model", str(of_70b), "--dry_run", "--plan.devices", "8", "--plan.device_memory_gb", "80", "--json"]
     begin = time.monotonic()
-    code = "import resource, sys; from litft.cli.main import main; code = main(sys.argv[1:]); "
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)"
+    code = "import sys; from litft.cli.main import main; from litft.engine.metrics import peak_memory_gb; "
+    code += "code = main(sys.argv[1:]); print(peak_memory_gb(), file=sys.stderr); sys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code, "finetune", "full", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begin < 60 and int(done.stderr.split()[-1]) * 1024 < 2e9
+    assert time.monotonic() - begin < 60 and float(done.stderr.split()[-1]) < 2
     plan = json.loads(done.stdout)
     ddp, fsdp, offload = plan["ways"]
     # 16 bytes a weight: fp32 weights, gradients and two moments
