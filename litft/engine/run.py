@@ -108,11 +108,13 @@ def model_line(method: Method) -> str:
 class _Opening(Callback):
     """Says what learns once the model is built, and begins the run's files once its checkpoint has been accepted."""
 
-    def __init__(self, folder: Path, begin: Callable[[], None]) -> None:
-        self.folder, self.begin, self.said = folder, begin, False
+    def __init__(self, folder: Path, begin: Callable[[], None], signals: Signals | None) -> None:
+        self.folder, self.begin, self.signals, self.said = folder, begin, signals, False
         self.peers: Watch | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if self.signals:
+            self.signals.install()
         if not trainer.is_global_zero:  # by now the first process has made the folder, and all have met
             redirect(self.folder, trainer.global_rank, trainer.world_size)
         self.peers = self.peers or watch(trainer)
@@ -194,7 +196,7 @@ def run(
 
     if checkpoint is None:  # there is nothing that a refusal could spoil, and a crash leaves a trace
         begin()
-    opening = _Opening(folder, begin)
+    opening = _Opening(folder, begin, signals)
     added: list[Any] = [
         opening,
         metrics,
@@ -210,6 +212,8 @@ def run(
     trainer.loggers = [MetricsCSV(folder, since), *trainer.loggers, Console(data.total_steps)]
     if signals:
         signals.training = True
+        if trainer.num_nodes > 1:  # waits for the other machines, for half an hour and deaf to Python's handlers
+            signals.release()
     try:
         trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         begin()  # a finished run has nothing to train

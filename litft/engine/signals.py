@@ -60,6 +60,12 @@ class Signals:
             for number in OBEYED:
                 signal.signal(number, self._handle)
 
+    def release(self) -> None:
+        """Let signals end the process as they do by themselves, in the middle of C++ code too; until `install`."""
+        if threading.current_thread() is threading.main_thread():
+            for number in OBEYED:
+                signal.signal(number, signal.SIG_DFL)
+
     def check(self) -> None:
         """Raise again what was raised where Python drops exceptions, as in a destructor."""
         if self.noted is not None and not self.deferred:
