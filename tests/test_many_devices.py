@@ -23,6 +23,9 @@ TUNERS: dict[str, Any] = {
     "lora": ("LoRA", {"r": 4}),
     "nf4": ("QLoRA", {"r": 4}),
     "int8": ("QLoRA", {"r": 4, "quant": "int8"}),
+    "rows": ("LoRA", {"r": 4, "trainable_rows": [1, 2]}),
+    "adapted head": ("LoRA", {"r": 4, "targets": ["q_proj", "lm_head"]}),
+    "learning head": ("LoRA", {"r": 4, "modules_to_save": ["lm_head"]}),
 }
 IN_TWO: dict[str, Any] = {
     "ddp": {},
@@ -42,6 +45,7 @@ IN_FOUR: dict[str, Any] = {
 CASES = [(how, tuner, optimizer) for how in IN_TWO for tuner in ("full", "lora") for optimizer in METHODS]
 CASES += [(how, tuner, "adamw") for how in ("ddp", "fsdp") for tuner in ("nf4", "int8")]
 CASES += [(how, tuner, "adamw") for how in IN_FOUR for tuner in ("full", "lora")]
+CASES += [(how, tuner, "sgd") for how in ("fsdp", "tensor") for tuner in ("rows", "adapted head", "learning head")]
 FAMILIES = ("qwen3", "gemma2", "qwen2")  # norms of heads; soft caps and windows; biases and tied embeddings
 OTHERS = [(how, family) for how in ("fsdp", "tensor", "context") for family in FAMILIES]
 

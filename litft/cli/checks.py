@@ -30,6 +30,8 @@ STRATEGIES = {
     r"(single_?)?xla|single_?tpu": "litft does not train on TPUs",
 }
 """Beginnings of the names, and of the class names, of strategies that are refused."""
+KNOWN = r"auto$|ddp|fsdp|single|deepspeed|model_?parallel|xla|dp|hpu"
+"""Beginnings of all names that Lightning knows."""
 CALLBACKS = {
     "GradientAccumulationScheduler": f"{CUTS}; mend: set data.tokens_per_step",
     "StochasticWeightAveraging": "needs an optimizer step that Trainer makes; mend: leave it out",
@@ -48,6 +50,10 @@ def check_trainer(config: Any) -> None:
         if not any(value == one and type(value) in (type(one), float if one == 0 else type(one)) for one in allowed):
             raise UserError(f"--trainer.{key} {reason}; mend: {mend}")
     strategy, arguments = _class_of(trainer.strategy)
+    if isinstance(trainer.strategy, str) and "." not in strategy and not re.match(KNOWN, strategy, re.IGNORECASE):
+        raise UserError(
+            f"--trainer.strategy {strategy}: is none of auto, ddp, fsdp\nmend: one of those, or a class path"
+        )
     for pattern, reason in STRATEGIES.items():
         method = arguments.get("start_method", "popen")
         if re.match(pattern, strategy, re.IGNORECASE) or re.match(pattern, f"ddp_{method}"):

@@ -65,7 +65,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     from litft.engine.memory import lacks_memory
     from litft.engine.run import check_validation, model_line, plan, report, run
     from litft.engine.run_folder import discard
-    from litft.methods.memory import ways_out
+    from litft.methods.memory import sharing_asked, ways_out
 
     config, allowed = cli.config, parse_allowed(cli.config.allow_changed)
     if config.plan.devices is not None or config.plan.device_memory_gb is not None:
@@ -77,6 +77,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     signals.check()
     if config.dry_run:
         cli.model.trainer = trainer  # who knows of the other processes
+        cli.model.sharing = sharing_asked(trainer)
         cli.model.build(trainer.precision, trainer.strategy.root_device)
         cli.model.to(trainer.strategy.root_device)
         cli.model.take_plan(cli.datamodule)
@@ -121,7 +122,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
             raise Stopped(error.number, error.step, folder if kept else None) from None
         where = f"on {trainer.strategy.root_device}, after step {trainer.global_step}"
         failed = Failed(f"out of memory {where}\n{ways_out(cli.model)}") if lacks_memory(error) else error
-        if kept:
+        if kept and not _follows():
             failed.add_note(f"{step_of(kept)} steps are kept: litft finetune {tuner} --out {folder} --resume goes on")
         if failed is error:
             raise
@@ -175,6 +176,11 @@ def _trainer(cli: Any) -> Any:
     if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(Bar())
     processes = _started_outside() if (said.devices, said.num_nodes) == ("auto", 1) else {}
+    if said.num_nodes > 1 and not _started_outside():
+        raise UserError(
+            f"--trainer.num_nodes {said.num_nodes}: the machines' processes have to be started by torchrun or Slurm\n"
+            "mend: torchrun --nnodes N ... -m litft finetune ... on each (tutorials/many-devices.md)"
+        )
     limits = {"max_epochs": 1} if said.max_epochs is None and said.max_steps == -1 else {}
     try:
         return cli.make_trainer(

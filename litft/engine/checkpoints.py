@@ -26,6 +26,10 @@ from litft.engine.signals import Signals, Stopped
 from litft.errors import Failed, UserError
 
 
+class Elsewhere(OSError):
+    """Another process could not write."""
+
+
 class Checkpoints(Checkpoint):
     """Saves what is trained, the optimizer, the schedule, the step, and what callbacks remember.
 
@@ -231,7 +235,10 @@ class Checkpoints(Checkpoint):
         if not alone and _greatest(trainer, error is not None)[0]:
             if trainer.is_global_zero:
                 shutil.rmtree(half, ignore_errors=True)
-            error = error or (half / files.FILE, OSError("another process could not write its part of it"))
+            error = error or (
+                half / files.FILE,
+                Elsewhere("another process could not write its part of it; its log says why"),
+            )
         elif trainer.is_global_zero and (not alone or files.is_written(half, trainer.world_size)):
             try:
                 then()
@@ -243,7 +250,7 @@ class Checkpoints(Checkpoint):
         """Say of the last checkpoint that it isn't there, where that is so; training goes on."""
         if not (error := self._settled(trainer)):
             return
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or not isinstance(error[1], Elsewhere):  # of the others each to its own log
             print(f"{self._why(*error)}; training goes on", file=sys.stderr)
         assert self.folder is not None
         lost, _ = error

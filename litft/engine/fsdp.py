@@ -41,6 +41,8 @@ class _Shared:
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.hold_gradients, self.timeout = hold_gradients, timedelta(minutes=timeout_minutes)
         self._parallel: Parallel | None = None
+        if timeout_minutes <= 0:
+            raise UserError(f"--trainer.strategy.timeout_minutes {timeout_minutes}: must be above 0")
 
     @property
     def sizes(self) -> Sizes:
@@ -52,6 +54,11 @@ class _Shared:
         sizes = Sizes(self.world_size, self.tensor, self.context, self.replicate)
         sizes.check()
         return sizes
+
+    @property
+    def _backend(self) -> str:
+        """Both kinds of exchange, where gradients lie in the host's memory beside a GPU."""
+        return "cpu:gloo,cuda:nccl" if self.cpu_offload and self.root_device.type == "cuda" else ""
 
     @property
     def parallel(self) -> Parallel:
@@ -101,6 +108,9 @@ class FSDP(_Shared, ModelParallelStrategy):
             hold_gradients,
             timeout_minutes,
         )
+
+    def _get_process_group_backend(self) -> str:
+        return self._backend or ModelParallelStrategy._get_process_group_backend(self)
 
     def setup_environment(self) -> None:
         """Meet the other processes; make the groups."""
@@ -194,6 +204,9 @@ class FabricFSDP(_Shared, FabricModelParallel):
         _Shared.__init__(self, **options)
         self._timeout = self.timeout
         self._summed = False
+
+    def _get_process_group_backend(self) -> str:
+        return self._backend or FabricModelParallel._get_process_group_backend(self)
 
     def setup_environment(self) -> None:
         """Meet the other processes."""

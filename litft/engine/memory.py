@@ -108,6 +108,7 @@ class Sharing:
         context: how many share the tokens of a micro-batch.
         offload: whether weights, gradients and the optimizer's states lie in the host's memory.
         hold: whether gradients stay whole until the last micro-batch of a step.
+        gathered: whether layers stay gathered between their forward and their backward pass.
     """
 
     shard: int = 1
@@ -115,6 +116,7 @@ class Sharing:
     context: int = 1
     offload: bool = False
     hold: bool = False
+    gathered: bool = False
 
 
 def share(facts: Facts, measured: Kept, sharing: Sharing) -> tuple[Facts, Kept]:
@@ -142,7 +144,7 @@ def share(facts: Facts, measured: Kept, sharing: Sharing) -> tuple[Facts, Kept]:
         tokens=-(-facts.tokens // sharing.context),
         targets=-(-facts.targets // sharing.context),
         buckets=False,
-        gathered=facts.rest + 2 * layer,
+        gathered=facts.rest + (len(measured.layers) if sharing.gathered else 2) * layer,
         exchange=exchange,
     )
     whole = 4.0  # of a layer's input are kept by its norms and sums, which each process makes all of

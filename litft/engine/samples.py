@@ -101,7 +101,7 @@ def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: in
     stops = control_ids(method.tokenizer, encoder.stop_ids) if encoder else set()
     settings = generation_settings(model.generation_config, method.tokenizer, stops)
     bundle = ChatModel(model, method.tokenizer, settings, set(settings.eos_token_id or ()), encoder)
-    device = next(model.parameters()).device
+    device = method.run_device if getattr(method, "parallel", None) else next(model.parameters()).device
     half = getattr(method, "compute_dtype", None)
     with (
         eager(),

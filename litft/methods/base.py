@@ -17,7 +17,7 @@ from litft.data.loader import Step
 from litft.data.plan import MicroBatch
 from litft.engine.guard import clip_and_guard
 from litft.engine.in_backward import StepInBackward
-from litft.engine.memory import MemoryPlan
+from litft.engine.memory import MemoryPlan, Sharing
 from litft.engine.optimizers import build_optimizer, check_name
 from litft.engine.precision import check_precision
 from litft.engine.randomness import seed_step
@@ -152,6 +152,7 @@ class Method(LightningModule):
         self.run_tokens: int | None = None
         self.micro_batch: MicroBatch | None = None
         self.memory: MemoryPlan | None = None
+        self.sharing: Sharing | None = None  # by processes that aren't there: of a dry run
         self.offloaded, self.loading_bytes, self.resident_before = False, 0, 0.0
         self.compiled = Compiled()
         self.grad_norm: Tensor | None = None

@@ -46,11 +46,14 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
     implementation = None
     if method.cannot_pack is None:
         half = method.compute_dtype is not None
-        implementation = attention.best(method.config, device, half, method.fast_attention)
+        shared = parallel is not None and parallel.sizes.context > 1
+        implementation = attention.best(method.config, device, half, method.fast_attention, shared)
     trusted = method.trust_remote_code
     options: Any = {"dtype": dtype, "attn_implementation": implementation, "trust_remote_code": trusted}
     bare = skeleton(method.source, **options) if parallel and not _needs_weights(method) else None
     model = bare[0] if bare else load_model(method.source, **options)
+    if parallel and not bare and torch.distributed.get_rank() == 0:
+        print("       each process loads the whole model before it is cut up (tutorials/many-devices.md)", flush=True)
     if method.new_tokens:
         rows = add_rows(model, method.tokenizer, method.new_tokens)
         if isinstance(method.tuner, LoRA):
@@ -80,6 +83,11 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
         raise UserError(f"--model.balance_experts: {method.path} has no experts to balance")
     own = routed if getattr(model.config, "output_router_logits", False) else 0.0
     method.balance = own if method.balance_experts is None else method.balance_experts
+    if parallel and parallel.sizes.context > 1 and method.balance:
+        raise UserError(
+            "--trainer.strategy.context_parallel_size: the model's configuration asks for its router's balance loss,"
+            " which sees a part of each document\nmend: --model.balance_experts 0, or leave it out"
+        )
     method.net = net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=False)
     method.parallel = net.parallel = parallel
     if parallel and parallel.sizes.tensor > 1:

@@ -12,6 +12,7 @@ from litft.data.batch import pack_documents
 from litft.errors import UserError
 from litft.models.attention import opaque_to_compiler
 from litft.models.compiled import compile_layers, earns
+from litft.models.parts import stored
 from litft.models.shard import let_go
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def compile_if_worth(method: Method) -> None:
         UserError: `compile: true` where it can't be.
     """
     model: Any = method.net.model
-    device = model.get_input_embeddings().weight.device
+    device = method.run_device if method.parallel else stored(model.get_input_embeddings()).device
     if method.net.compiled or not wants_compiling(method, device):
         return
 

@@ -16,6 +16,7 @@ from litft.engine.room import room_on
 from litft.errors import UserError
 from litft.methods.compiling import wants_compiling
 from litft.models.compiled import layers_of
+from litft.models.parts import stored
 from litft.models.recompute import all_kept, keep_less
 from litft.models.shard import let_go
 from litft.tuners.quant import storage_bytes
@@ -92,11 +93,14 @@ def plan_memory(method: Method) -> MemoryPlan | None:
             keep_less(layers, "full" if method.offload == "activations" else fixed, _said(method.offload))
         return None
     facts = facts_of(method, method.micro_batch, device)
-    now: torch.device = method.net.model.get_input_embeddings().weight.device  # a Fabric script moves it later
+    now: torch.device = stored(method.net.model.get_input_embeddings()).device  # a Fabric script moves it later
+    if method.parallel:  # whose parts may lie in the host's memory
+        now = device
     with torch.autocast(now.type, method.compute_dtype, enabled=method.compute_dtype is not None):
         measured = measure_layers(method, layers, now)
-    if method.parallel:
-        facts, measured = share(facts, measured, sharing_of(method.parallel))
+    sharing = sharing_of(method.parallel) if method.parallel else method.sharing
+    if sharing:
+        facts, measured = share(facts, measured, sharing)
     small = None
     if method.optimizer_name != "auto":
         small = method.optimizer_name in EIGHT_BITS
@@ -186,7 +190,18 @@ def _least(method: Method) -> float:
 def sharing_of(parallel: Parallel) -> Sharing:
     """How the processes of a run share its model; its layers are cut by tensor parallelism already."""
     sizes = parallel.sizes
-    return Sharing(sizes.shard, 1, sizes.context, parallel.cpu_offload, parallel.hold_gradients)
+    gathered = not parallel.reshard_after_forward
+    return Sharing(sizes.shard, 1, sizes.context, parallel.cpu_offload, parallel.hold_gradients, gathered)
+
+
+def sharing_asked(trainer: Any) -> Sharing | None:
+    """How the processes of a Trainer's run would share the model; None where each has all of it."""
+    strategy, sizes = trainer.strategy, getattr(trainer.strategy, "sizes", None)
+    if sizes is None:
+        return None
+    gathered = not strategy.reshard_after_forward
+    offload, hold = strategy.cpu_offload, strategy.hold_gradients
+    return Sharing(sizes.shard, sizes.tensor, sizes.context, offload, hold, gathered)
 
 
 def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
@@ -201,9 +216,9 @@ def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
     learning = list(method.trainable_parameters())
     bytes_of = [p.numel() * p.element_size() for p in learning]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    matrix = getattr(head, "weight", None)
-    if matrix is None:  # an adapted head
-        matrix = embedding.weight
+    matrix = stored(head)
+    if matrix is None:
+        matrix = stored(embedding)
     item = 2 if method.compute_dtype is not None else 4
     return Facts(
         weights=storage_bytes(method.net),
@@ -214,8 +229,8 @@ def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         moments=MOMENTS.get(method.optimizer_name, 8.0),
         small=sum(p.numel() for p in learning if p.numel() < SMALL_TENSOR),
         head=matrix.numel(),
-        head_learns=matrix.requires_grad,
-        tied=matrix is embedding.weight,
+        head_learns=head is not None and any(p.requires_grad for p in head.parameters()),
+        tied=matrix is stored(embedding),
         vocabulary=matrix.shape[0],
         item=item,
         tokens=-(-batch.slots // 64) * 64,

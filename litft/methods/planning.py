@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from litft.engine.memory import Choice, Facts, Sharing, candidates, cheapest, sh
 from litft.engine.room import MARGIN
 from litft.errors import UserError
 from litft.methods.memory import facts_of, measure_layers
+from litft.methods.refusals import refuse
 from litft.models import attention
 from litft.models.causal_lm import CausalLM
 from litft.models.compiled import layers_of
@@ -158,29 +160,33 @@ def plan_devices(method: Method, devices: int, memory_gb: float, tokens: int | N
         host = float(whole) if way.sharing and way.sharing.offload else 0.0
         return Fit(way.name, parts["peak"], parts, choice, parts["peak"] <= room, host)
 
-    fits = [fit(way) for way in _ways(devices, strategy)]
+    fits = [fit(way) for way in _ways(method, devices, strategy)]
     size = f"{method.path}: {method.applied.total / 1e9:.2f}B weights, {method.tuner.name} tuning"
     return DevicePlan(size, devices, memory_gb, tokens, fits, _advice(method, devices, tokens, fits, fit))
 
 
-def _ways(devices: int, strategy: Any) -> list[Way]:
+def _ways(method: Method, devices: int, strategy: Any) -> list[Way]:
     if strategy is not None:
         from litft.models.mesh import Sizes
 
         sizes = Sizes(devices, strategy.tensor, strategy.context, strategy.replicate)
         sizes.check()
+        refuse(method, SimpleNamespace(strategy=SimpleNamespace(sizes=sizes), precision="bf16-mixed"))
         options = {"tensor_parallel_size": sizes.tensor, "context_parallel_size": sizes.context}
         options |= {"replicate": sizes.replicate}
         name = "fsdp" + "".join(f", {key} {value}" for key, value in options.items() if value > 1)
         name += ", cpu_offload" if strategy.cpu_offload else ""
-        sharing = Sharing(sizes.shard, sizes.tensor, sizes.context, strategy.cpu_offload, strategy.hold_gradients)
+        gathered = not strategy.reshard_after_forward
+        sharing = Sharing(
+            sizes.shard, sizes.tensor, sizes.context, strategy.cpu_offload, strategy.hold_gradients, gathered
+        )
         return [Way(name, sharing)]
     if devices == 1:
         return [Way("one device", None), Way("fsdp, cpu_offload", Sharing(1, offload=True))]
     return [
         Way("ddp (all weights on each device)", None),
         Way(f"fsdp (weights cut over {devices})", Sharing(devices)),
-        Way("fsdp, cpu_offload (weights in the hosts' memory)", Sharing(devices, offload=True)),
+        Way("fsdp, cpu_offload", Sharing(devices, offload=True)),
     ]
 
 
@@ -188,10 +194,14 @@ def _advice(method: Method, devices: int, tokens: int, fits: list[Fit], fit: Any
     good = next((found for found in fits if found.fits), None)
     if good is not None:
         flags = {"ddp": "ddp", "fsd": "fsdp", "one": "auto"}[good.way[:3]]
-        flags += " --trainer.strategy.cpu_offload true" if "cpu_offload" in good.way else ""
+        for option in good.way.split(", ")[1:]:  # as they were planned with
+            key, _, value = option.partition(" ")
+            flags += f" --trainer.strategy.{key} {value if value.isdigit() else 'true'}"
         host = good.host_bytes / 1e9
         where = f" (the machines' own memory holds {host:,.0f} GB between them)" if host else ""
-        return f"choose: --trainer.devices {devices} --trainer.strategy {flags}{where}"
+        machines = f" on {devices // 8} machines of 8" if devices > 8 and devices % 8 == 0 else ""
+        each = 8 if machines else devices
+        return f"choose: --trainer.devices {each} --trainer.strategy {flags}{machines}{where}"
     ways = []
     more = devices * 2
     while more <= MOST_DEVICES and not fit(Way("", Sharing(more))).fits:

@@ -201,7 +201,7 @@ def register(fast: bool = True) -> str:
     return NAME if fast else PLAIN
 
 
-def best(config: Any, device: torch.device, half: bool, fast: bool = True) -> str:
+def best(config: Any, device: torch.device, half: bool, fast: bool = True, shared: bool = False) -> str:
     """The implementation to train a model with.
 
     Args:
@@ -209,12 +209,13 @@ def best(config: Any, device: torch.device, half: bool, fast: bool = True) -> st
         device: where it runs.
         half: computed in 16 bits.
         fast: False for `litft_plain`.
+        shared: whether processes share the tokens of a row, which only ours know of.
 
     Returns:
         transformers' name: ours, or an installed FlashAttention for soft caps on a GPU, which torch's doesn't know.
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if fast and capped and device.type == "cuda" and half and importlib.util.find_spec("flash_attn"):
+    if fast and capped and not shared and device.type == "cuda" and half and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return register(fast)
 

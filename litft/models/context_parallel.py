@@ -36,6 +36,12 @@ def check(config: Any, sizes: Any, cannot_pack: str | None) -> None:
     flag = f"--trainer.strategy.context_parallel_size {sizes.context}"
     if cannot_pack:
         raise UserError(f"{flag}: rows of this model can't be packed: {cannot_pack}\nmend: leave it out")
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if any("longrope" in str(value) for value in (rope, *rope.values())):
+        raise UserError(
+            f"{flag}: the model's positions (longrope) follow the longest row, of which each process has a part\n"
+            "mend: leave it out"
+        )
     heads = config.get_text_config().num_attention_heads // sizes.tensor
     if heads % sizes.context:
         shared = f" (of which tensor parallelism leaves {heads} to a process)" if sizes.tensor > 1 else ""

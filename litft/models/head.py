@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litft.losses.linear_cross_entropy import linear_cross_entropy
+from litft.models.parts import stored
 from litft.models.quiet import quiet
 
 LARGE = 60.0
@@ -68,7 +69,7 @@ def find_head(model: Any, run: Callable[[Tensor], Tensor] | None = None) -> Head
         None where no formula fits, or where the head has dropout of its own: its logits are then taken as they are.
     """
     module = model.get_output_embeddings()
-    weight = getattr(module, "weight", None)
+    weight = stored(module)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         return None
     if getattr(module, "dropout", 0.0):

@@ -32,6 +32,13 @@ class Part:
     first: bool = True
 
 
+def stored(module: Any) -> Any:
+    """The weight that a module stores, under whatever adapter; an adapter's own `weight` is computed at each call."""
+    while "base_layer" in getattr(module, "_modules", {}):
+        module = module.base_layer
+    return getattr(module, "weight", None)
+
+
 class Source(Protocol):
     """A whole tensor that is read box by box; a `Tensor` is one, by `box`."""
 

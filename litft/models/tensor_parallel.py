@@ -38,7 +38,7 @@ def check(config: Any, size: int) -> None:
     text = config.get_text_config()
     plan = getattr(text, "base_model_tp_plan", None)
     flag = f"--trainer.strategy.tensor_parallel_size {size}"
-    if not plan:
+    if not plan or not {COLUMNS, ROWS} & set(plan.values()):
         raise UserError(f"{flag}: transformers has no tensor-parallel plan for {text.model_type}\nmend: leave it out")
     if odd := sorted(set(plan.values()) - {COLUMNS, ROWS, PARTIAL, *WHOLE}):
         raise UserError(
@@ -47,10 +47,9 @@ def check(config: Any, size: int) -> None:
     heads = {"attention heads": "num_attention_heads", "key-value heads": "num_key_value_heads"}
     for what, name in {**heads, "features in its feed-forward layers": "intermediate_size"}.items():
         count = getattr(text, name, None)
-        if count and count % size:
-            fitting = [
-                n for n in range(2, count + 1) if not any((getattr(text, k, 0) or 0) % n for k in heads.values())
-            ]
+        if any(number % size for number in (count if isinstance(count, list) else [count or 0])):
+            most = text.num_attention_heads
+            fitting = [n for n in range(2, most + 1) if not any((getattr(text, k, 0) or 0) % n for k in heads.values())]
             could = f"; {', '.join(map(str, fitting[:4]))} would do" if fitting else ""
             raise UserError(f"{flag}: does not divide the model's {count} {what}{could}\nmend: leave it out")
 

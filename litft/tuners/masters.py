@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from litft.models.parts import local, part_of
+from litft.models.compiled import layers_of
+from litft.models.parts import local, part_of, stored
 
 HALF = 1 << 15  # of the 16 bits that bf16 lacks
 BLOCK = 1 << 22  # random numbers at a time
@@ -28,7 +29,8 @@ def spread_masters(model: Any) -> int:
     """Spread the fp32 weights of linear layers that hold bf16 numbers; the model in bf16 is the same after it.
 
     The spread depends on a weight's name alone, so that every rank and every run has the same. What is not rounded in
-    the products (norms, embeddings, biases) stays.
+    the products (norms, embeddings, biases) stays, but for a model that processes share, whose layers are gathered in
+    bf16 as a whole.
 
     Args:
         model: a transformers model.
@@ -38,13 +40,19 @@ def spread_masters(model: Any) -> int:
     """
     from litft.tuners.targets import is_linear  # which knows the tuner's layers, which spread theirs
 
-    embedding = model.get_input_embeddings().weight
+    embedding = stored(model.get_input_embeddings())
     found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
         if not is_linear(module) or weight is embedding or weight.dtype != torch.float32 or not weight.requires_grad:
             continue
         found.append((name, weight))
+    if isinstance(embedding, DTensor):  # layers are gathered in bf16, their norms and biases with them
+        known = {id(weight) for _, weight in found}
+        inside = [(name, p) for i, layer in enumerate(layers_of(model)) for name, p in _named(layer, i)]
+        found += [
+            (name, p) for name, p in inside if id(p) not in known and p.dtype == torch.float32 and p.requires_grad
+        ]
     whole = torch.tensor([is_bf16(local(weight)) for _, weight in found], device=embedding.device, dtype=torch.int32)
     if isinstance(embedding, DTensor):  # each process knows of its part only
         torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MIN)
@@ -55,6 +63,10 @@ def spread_masters(model: Any) -> int:
             spread_part_(local(weight), name, part.offsets, part.shape)
             spread += weight.numel()
     return spread
+
+
+def _named(layer: Any, index: int) -> list[tuple[str, Any]]:
+    return [(f"layers.{index}.{name}", parameter) for name, parameter in layer.named_parameters()]
 
 
 @torch.no_grad()

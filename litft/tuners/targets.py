@@ -142,8 +142,12 @@ def is_router(modules: dict[str, nn.Module], name: str) -> bool:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the embedding and the output head share one weight."""
-    output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
+    from litft.tuners.layers import Adapter
+
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is None or isinstance(output, Adapter) or isinstance(embedding, Adapter):
+        return False
+    return output.weight is embedding.weight
 
 
 def _check_target(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> None:

@@ -79,7 +79,7 @@ def test_more_devices_take_less_each_and_advice_holds(tmp_path: Path) -> None:
     assert took[0] > took[1] > took[2]
     plan = plan_devices(SFT(str(tmp_path), Full()), 16, 80, 2048, None)
     assert not plan.fits[0].fits and plan.fits[1].fits
-    assert plan.advice == "choose: --trainer.devices 16 --trainer.strategy fsdp"
+    assert plan.advice == "choose: --trainer.devices 8 --trainer.strategy fsdp on 2 machines of 8"
     small = plan_devices(SFT(str(tmp_path), Full()), 2, 16, 2048, None)
     assert "nothing fits" in small.advice and "litft finetune lora" in small.advice
     lora, qlora = (plan_devices(SFT(str(tmp_path), tuner), 2, 80, 4096, None).fits for tuner in (LoRA(), QLoRA()))
