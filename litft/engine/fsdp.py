@@ -41,8 +41,6 @@ class _Shared:
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.hold_gradients, self.timeout = hold_gradients, timedelta(minutes=timeout_minutes)
         self._parallel: Parallel | None = None
-        if timeout_minutes <= 0:
-            raise UserError(f"--trainer.strategy.timeout_minutes {timeout_minutes}: must be above 0")
 
     @property
     def sizes(self) -> Sizes:
@@ -51,6 +49,8 @@ class _Shared:
         Raises:
             UserError: they don't divide the number of processes.
         """
+        if self.timeout <= timedelta(0):
+            raise UserError("--trainer.strategy.timeout_minutes: must be above 0")
         sizes = Sizes(self.world_size, self.tensor, self.context, self.replicate)
         sizes.check()
         return sizes

@@ -166,6 +166,9 @@ def test_strategies_that_cannot_work(strategy: str, mistake: Any, tiny_llama: Pa
             ["--trainer.strategy.replicate", 2, "--trainer.devices", 3],
             "replicate 2 does not divide the run's 3 processes",
         ),
+        (["--trainer.strategy.timeout_minutes", 0], "--trainer.strategy.timeout_minutes: must be above 0"),
+        (["--trainer.strategy", "fdsp"], "--trainer.strategy fdsp: is none of auto, ddp, fsdp"),
+        (["--trainer.num_nodes", 2, "--trainer.strategy", "ddp"], "started by torchrun or Slurm"),
         (["--trainer.strategy.context_parallel_size", 0], "context_parallel_size 0: must be at least 1"),
         (
             ["--trainer.strategy.tensor_parallel_size", 4, "--trainer.devices", 4],
