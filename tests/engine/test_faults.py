@@ -246,7 +246,9 @@ def test_a_dead_rank_ends_the_others_within_a_minute_with_one_line(victim: str, 
     if strategy == "fsdp":  # the last that was saved: nobody has the dead process's part
         return
     assert step >= 7  # saved before the error left the first process
-    assert [int(row["step"]) for row in metrics(place.folder / "a")] == list(range(step + 1))
+    rows_there = [int(row["step"]) for row in metrics(place.folder / "a")]
+    # the last step's loss was maybe not yet summed over both, and nobody can any more
+    assert rows_there in (list(range(step + 1)), list(range(step)))
 
 
 def test_a_loss_that_is_lost_ends_with_the_rows_of_its_step(place: Place) -> None:
