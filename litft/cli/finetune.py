@@ -65,7 +65,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     from litft.engine.memory import lacks_memory
     from litft.engine.run import check_validation, model_line, plan, report, run
     from litft.engine.run_folder import discard
-    from litft.methods.memory import sharing_asked, ways_out
+    from litft.methods.memory import sharing_of, ways_out
 
     config, allowed = cli.config, parse_allowed(cli.config.allow_changed)
     if config.plan.devices is not None or config.plan.device_memory_gb is not None:
@@ -77,7 +77,8 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     signals.check()
     if config.dry_run:
         cli.model.trainer = trainer  # who knows of the other processes
-        cli.model.sharing = sharing_asked(trainer)
+        if sizes := getattr(trainer.strategy, "sizes", None):
+            cli.model.sharing = sharing_of(trainer.strategy, sizes, sizes.tensor)
         cli.model.build(trainer.precision, trainer.strategy.root_device)
         cli.model.to(trainer.strategy.root_device)
         cli.model.take_plan(cli.datamodule)

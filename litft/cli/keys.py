@@ -37,7 +37,7 @@ OPTIONS = {
     "lora": [("litft", "tuners/lora.py", "LoRA")],
     "qlora": [("litft", "tuners/qlora.py", "QLoRA"), ("litft", "tuners/lora.py", "LoRA")],
 }
-FSDP, FSDP_OPTIONS = "litft.FSDP", ("litft", "engine/fsdp.py", "FSDP")
+FSDP, FSDP_OPTIONS = "litft.FSDP", ("litft", "engine/fsdp.py", "_Shared")
 OPEN = ("trainer.logger", "trainer.callbacks", "trainer.strategy", "trainer.plugins", "trainer.profiler", "data.val")
 """Keys whose values have keys of their own, which only their class knows."""
 

@@ -95,8 +95,8 @@ def _say(text: str, error: Exception, by_all: bool = False) -> None:
 
 def _rank() -> int:
     """Of this process, under torchrun, Slurm or what litft has started."""
-    names = ("RANK", "SLURM_PROCID") if os.environ.get("LITFT_RUN_FOLDER") is None else ("LOCAL_RANK",)
-    return next((int(os.environ[name]) for name in (*names, "LOCAL_RANK") if os.environ.get(name, "").isdigit()), 0)
+    said = [os.environ.get(name, "") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")]
+    return max((int(text) for text in said if text.isdigit()), default=0)
 
 
 def entry() -> None:

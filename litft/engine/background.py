@@ -41,9 +41,8 @@ class Background(TorchCheckpointIO):
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: tuple[Path, Exception] | None = None
-        self.pending: functools.partial[None] | None = (
-            None  # what is to follow once all processes have written their parts
-        )
+        self.pending: functools.partial[None] | None = None
+        """What is to follow once all processes have written their parts."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Begin to write; the one before is waited for.

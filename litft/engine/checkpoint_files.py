@@ -70,11 +70,16 @@ def _as_written(file: Path) -> bool:
         return hashlib.file_digest(stream, "sha256").hexdigest() == sum_of(file).read_text().split()[0]
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The checkpoint to go on from, and newer ones that are damaged, in `checkpoints/` of a run."""
+def newest_whole(folder: Path, check: bool = True) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from, and newer ones that are damaged, in `checkpoints/` of a run.
+
+    Args:
+        folder: `checkpoints/`.
+        check: read them all; not in a process that will be told what another one has found.
+    """
     damaged: list[Path] = []
     for place in reversed(complete(folder)):
-        if is_whole(place / FILE):
+        if not check or is_whole(place / FILE):
             return place / FILE, damaged
         damaged.append(place)
     return None, damaged

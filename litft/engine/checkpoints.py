@@ -382,7 +382,7 @@ def _finish(half: Path, place: Path, best: Path | None, keep_last: int) -> None:
 
 def in_parts(trainer: Trainer) -> bool:
     """Whether each process has a part of what is saved, so that none can save alone."""
-    return getattr(trainer.strategy, "parallel", None) is not None
+    return getattr(trainer.strategy, "sizes", None) is not None
 
 
 def _greatest(trainer: Trainer, *numbers: int) -> list[int]:

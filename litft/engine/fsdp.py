@@ -22,7 +22,17 @@ from litft.models.parts import like, part_of
 
 
 class _Shared:
-    """What both have in common: the options, and the groups made of them."""
+    """What both have in common: the options, and the groups made of them.
+
+    Args:
+        tensor_parallel_size: processes that share each layer's products, on one machine.
+        context_parallel_size: processes that share the tokens of each micro-batch, for very long rows.
+        replicate: groups of processes that each hold all weights between them, such as one a machine (HSDP).
+        cpu_offload: keep weights, gradients and the optimizer's states in the host's memory.
+        reshard_after_forward: gather each layer again in the backward pass; false takes more memory and less exchange.
+        hold_gradients: exchange gradients once an optimizer step and not once a micro-batch; takes their whole size.
+        timeout_minutes: that processes wait for each other before the run ends.
+    """
 
     world_size: int
     root_device: torch.device
@@ -41,6 +51,11 @@ class _Shared:
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.hold_gradients, self.timeout = hold_gradients, timedelta(minutes=timeout_minutes)
         self._parallel: Parallel | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make Lightning's own strategy of it."""
+        raise NotImplementedError
 
     @property
     def sizes(self) -> Sizes:
@@ -75,39 +90,10 @@ class _Shared:
 
 
 class FSDP(_Shared, ModelParallelStrategy):
-    """Weights, gradients and the optimizer's states cut over all processes (FSDP2), for Trainer.
+    """Weights, gradients and the optimizer's states cut over all processes (FSDP2), for Trainer."""
 
-    Args:
-        tensor_parallel_size: processes that share each layer's products, on one machine.
-        context_parallel_size: processes that share the tokens of each micro-batch, for very long rows.
-        replicate: groups of processes that each hold all weights between them, such as one a machine (HSDP).
-        cpu_offload: keep weights, gradients and the optimizer's states in the host's memory.
-        reshard_after_forward: gather each layer again in the backward pass; false takes more memory and less exchange.
-        hold_gradients: exchange gradients once an optimizer step and not once a micro-batch; takes their whole size.
-        timeout_minutes: that processes wait for each other before the run ends.
-    """
-
-    def __init__(
-        self,
-        tensor_parallel_size: int = 1,
-        context_parallel_size: int = 1,
-        replicate: int = 1,
-        cpu_offload: bool = False,
-        reshard_after_forward: bool = True,
-        hold_gradients: bool = False,
-        timeout_minutes: float = 30.0,
-    ) -> None:
-        ModelParallelStrategy.__init__(self, timeout=timedelta(minutes=timeout_minutes))
-        _Shared.__init__(
-            self,
-            tensor_parallel_size,
-            context_parallel_size,
-            replicate,
-            cpu_offload,
-            reshard_after_forward,
-            hold_gradients,
-            timeout_minutes,
-        )
+    def _begin(self) -> None:
+        ModelParallelStrategy.__init__(self, timeout=self.timeout)
 
     def _get_process_group_backend(self) -> str:
         return self._backend or ModelParallelStrategy._get_process_group_backend(self)
@@ -199,10 +185,8 @@ class FSDP(_Shared, ModelParallelStrategy):
 class FabricFSDP(_Shared, FabricModelParallel):
     """As `FSDP`, for Fabric: `method.build(precision, fabric.device, fabric.strategy.parallel)` cuts the model up."""
 
-    def __init__(self, **options: Any) -> None:
-        FabricModelParallel.__init__(self, parallelize_fn=_as_it_is)
-        _Shared.__init__(self, **options)
-        self._timeout = self.timeout
+    def _begin(self) -> None:
+        FabricModelParallel.__init__(self, parallelize_fn=_as_it_is, timeout=self.timeout)
         self._summed = False
 
     def _get_process_group_backend(self) -> str:

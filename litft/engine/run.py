@@ -267,7 +267,8 @@ def _resume_point(folder: Path, trainer: Trainer, total_steps: int) -> tuple[Pat
     Raises:
         UserError: all are damaged.
     """
-    file, damaged = newest_whole(folder / "checkpoints")
+    told = in_parts(trainer) and not trainer.is_global_zero  # the first process's choice is broadcast
+    file, damaged = newest_whole(folder / "checkpoints", check=not told)
     names = ", ".join(place.name for place in damaged)
     if file is None and damaged:
         raise UserError(

@@ -106,7 +106,7 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
                 net.head = find_head(model, net.logits)
             if method.fast_lora and isinstance(method.tuner, LoRA):
                 share_inputs(model, net.logits)
-    except RuntimeError as error:  # a few families have the number of heads in their code
+    except (RuntimeError, KeyError) as error:  # a few families have the number of heads in their code
         if parallel is None or parallel.sizes.tensor == 1:
             raise
         kind, text = model.config.model_type, str(error).partition("\n")[0]

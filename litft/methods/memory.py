@@ -23,7 +23,7 @@ from litft.tuners.quant import storage_bytes
 
 if TYPE_CHECKING:
     from litft.methods.base import Method
-    from litft.models.mesh import Parallel
+    from litft.models.mesh import Sizes
 
 MOMENTS = {"sgd": 0.0, "adamw_bf16": 4.0}
 """Bytes a weight of optimizers that keep others than two fp32 moments."""
@@ -98,7 +98,9 @@ def plan_memory(method: Method) -> MemoryPlan | None:
         now = device
     with torch.autocast(now.type, method.compute_dtype, enabled=method.compute_dtype is not None):
         measured = measure_layers(method, layers, now)
-    sharing = sharing_of(method.parallel) if method.parallel else method.sharing
+    sharing = method.sharing
+    if parallel := method.parallel:  # whose layers tensor parallelism has cut already
+        sharing = sharing_of(parallel, parallel.sizes, tensor=1)
     if sharing:
         facts, measured = share(facts, measured, sharing)
     small = None
@@ -187,21 +189,16 @@ def _least(method: Method) -> float:
     return storage_bytes(method.net) + learning * (4 + 2.03 + copies)
 
 
-def sharing_of(parallel: Parallel) -> Sharing:
-    """How the processes of a run share its model; its layers are cut by tensor parallelism already."""
-    sizes = parallel.sizes
-    gathered = not parallel.reshard_after_forward
-    return Sharing(sizes.shard, 1, sizes.context, parallel.cpu_offload, parallel.hold_gradients, gathered)
+def sharing_of(how: Any, sizes: Sizes, tensor: int) -> Sharing:
+    """How processes share a model.
 
-
-def sharing_asked(trainer: Any) -> Sharing | None:
-    """How the processes of a Trainer's run would share the model; None where each has all of it."""
-    strategy, sizes = trainer.strategy, getattr(trainer.strategy, "sizes", None)
-    if sizes is None:
-        return None
-    gathered = not strategy.reshard_after_forward
-    offload, hold = strategy.cpu_offload, strategy.hold_gradients
-    return Sharing(sizes.shard, sizes.tensor, sizes.context, offload, hold, gathered)
+    Args:
+        how: an `FSDP`, or a `Parallel` made of it.
+        sizes: of the groups.
+        tensor: processes that share products of the layers as they are measured.
+    """
+    gathered = not how.reshard_after_forward
+    return Sharing(sizes.shard, tensor, sizes.context, how.cpu_offload, how.hold_gradients, gathered)
 
 
 def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:

@@ -20,12 +20,13 @@ from litft.engine.kept import Kept
 from litft.engine.memory import Choice, Facts, Sharing, candidates, cheapest, share
 from litft.engine.room import MARGIN
 from litft.errors import UserError
-from litft.methods.memory import facts_of, measure_layers
+from litft.methods.memory import facts_of, measure_layers, sharing_of
 from litft.methods.refusals import refuse
 from litft.models import attention
 from litft.models.causal_lm import CausalLM
 from litft.models.compiled import layers_of
 from litft.models.load import ready_to_train
+from litft.models.mesh import Sizes
 from litft.models.quiet import quiet
 from litft.models.resolve import resolve
 from litft.tuners import LoRA, QLoRA
@@ -167,8 +168,6 @@ def plan_devices(method: Method, devices: int, memory_gb: float, tokens: int | N
 
 def _ways(method: Method, devices: int, strategy: Any) -> list[Way]:
     if strategy is not None:
-        from litft.models.mesh import Sizes
-
         sizes = Sizes(devices, strategy.tensor, strategy.context, strategy.replicate)
         sizes.check()
         refuse(method, SimpleNamespace(strategy=SimpleNamespace(sizes=sizes), precision="bf16-mixed"))
@@ -176,11 +175,7 @@ def _ways(method: Method, devices: int, strategy: Any) -> list[Way]:
         options |= {"replicate": sizes.replicate}
         name = "fsdp" + "".join(f", {key} {value}" for key, value in options.items() if value > 1)
         name += ", cpu_offload" if strategy.cpu_offload else ""
-        gathered = not strategy.reshard_after_forward
-        sharing = Sharing(
-            sizes.shard, sizes.tensor, sizes.context, strategy.cpu_offload, strategy.hold_gradients, gathered
-        )
-        return [Way(name, sharing)]
+        return [Way(name, sharing_of(strategy, sizes, sizes.tensor))]
     if devices == 1:
         return [Way("one device", None), Way("fsdp, cpu_offload", Sharing(1, offload=True))]
     return [
