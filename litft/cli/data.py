@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from litft.models.resolve import ModelSource
 
 FIRST_ROWS = 10  # shown to a reader who names none
-BINS, BAR = 12, 50  # of the histogram: bars, and characters of the longest
+BAR = 50  # characters of the histogram's longest bar
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 SOURCE = "a file (.jsonl, .json, .parquet, .csv, also .gz, .zst), a folder of them, or a data set id"
 
@@ -171,23 +171,15 @@ def _as_json(number: int, encoded: Encoded) -> str:
 
 def _marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, color: bool) -> str:
     """The text with the trained parts in green, or in double brackets."""
-    pieces, end, before = [], 0, ""
-    for trained, group in itertools.groupby(encoded.trained):
-        end += len(list(group))
-        # Decoded from the start each time: single tokens lose their blanks in some tokenizers. A character that is not
-        # whole yet goes with the next piece.
-        text = str(tokenizer.decode(encoded.ids[:end], clean_up_tokenization_spaces=False))
-        text = text if end == len(encoded.ids) else text.rstrip("\ufffd")
-        piece, before = _visible(text[len(before) :]), text
+    from litft.data.shown import pieces, visible
+
+    marked = []
+    for text, trained in pieces(tokenizer, encoded.ids, encoded.trained):
+        piece = visible(text)
         if trained and color:  # line by line, as pagers forget colours at the end of a line
             piece = re.sub(r"[^\n]+", "\x1b[32m\\g<0>\x1b[0m", piece)
-        pieces.append(f"[[{piece}]]" if trained and not color else piece)
-    return "".join(pieces)
-
-
-def _visible(text: str) -> str:
-    """Control characters as escapes: those of a data file must not steer the reader's terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+        marked.append(f"[[{piece}]]" if trained and not color else piece)
+    return "".join(marked)
 
 
 def stats(argv: list[str]) -> int:
@@ -291,19 +283,14 @@ def _stats_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:
-    """A bar for each range of lengths: equally wide ones, but that the last takes all of the longest hundredth."""
-    import numpy as np
+    """A bar for each range of lengths."""
+    from litft.data.shown import histogram
 
-    low, most, high = int(lengths.min()), int(np.percentile(lengths, 99)) + 1, int(lengths.max()) + 1
-    width = max(1, -(-(most - low) // (BINS - 1)))
-    edges = np.arange(low, most + width, width)
-    if edges[-1] < high:
-        edges = np.append(edges, high)
-    counts = np.histogram(lengths, edges)[0]
+    edges, counts = histogram(lengths)
     digits = len(f"{edges[-1]:,}")
     lines = ["", "tokens in a row"]
-    for i, count in enumerate(counts.tolist()):
-        bar = "#" * -(-BAR * count // int(counts.max()))  # rounded up: no row goes unseen
+    for i, count in enumerate(counts):
+        bar = "#" * -(-BAR * count // max(counts))  # rounded up: no row goes unseen
         lines.append(f"{edges[i]:>{digits},} - {edges[i + 1] - 1:>{digits},} {bar:<{BAR}} {count:,}")
     return lines
 

@@ -66,6 +66,7 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     from litft.engine.run import check_validation, model_line, plan, report, run
     from litft.engine.run_folder import discard
     from litft.methods.memory import sharing_of, ways_out
+    from litft.report.page import report_of_run
 
     config, allowed = cli.config, parse_allowed(cli.config.allow_changed)
     if config.plan.devices is not None or config.plan.device_memory_gb is not None:
@@ -117,6 +118,8 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
         nothing = not (kept or trainer.global_step)  # to keep: a run that trained leaves its metrics.csv
         if isinstance(error, (Stopped, Failed, UserError)) and nothing and not (config.resume or _follows()):
             discard(folder)
+        elif trainer.is_global_zero:
+            report_of_run(folder)
         if isinstance(error, UserError):
             raise
         if isinstance(error, Stopped):
@@ -129,7 +132,8 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
             raise
         raise failed from error
     if trainer.is_global_zero:
-        print(report(outcome))
+        page = report_of_run(folder)
+        print(report(outcome, page))
     return 0
 
 

@@ -13,6 +13,9 @@ VERBS = {
     "data": "look at training data: litft data check|show|stats FILE",
     "generate": "answer a prompt, or every row of a file: litft generate FOLDER --prompt TEXT",
     "chat": "talk to a model in the terminal: litft chat FOLDER",
+    "merge": "an adapter into its base model: litft merge FOLDER --out DIR",
+    "export": "for something else to take: litft export FOLDER --to hf --out DIR",
+    "report": "a run as a page, or several side by side: litft report RUN... --out FILE",
     "config": "ready-made configurations: litft config list|show|copy|check NAME",
     "download": "fetch a model from the hub: litft download ID",
 }

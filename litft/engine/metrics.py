@@ -16,6 +16,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from litft.engine.run_folder import read_metrics
 from litft.errors import Failed
 
 COLUMNS = [
@@ -324,13 +325,6 @@ class MetricsCSV(Logger):
     def version(self) -> int:
         """Of the logger."""
         return 0
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; a last line torn by a crash is left out."""
-    with open(path, newline="", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if row.get("step", "").isdigit() and None not in row and None not in row.values()]
 
 
 def eta(seconds: float) -> str:

@@ -15,10 +15,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from litft.data.chat import ChatData
+from litft.data.shown import describe
 from litft.engine.background import load
 from litft.engine.checkpoint_files import half_written, is_whole, newest_whole, step_of, tidy
 from litft.engine.checkpoints import Checkpoints, in_parts
 from litft.engine.console import Console, plan_lines
+from litft.engine.identity import of
 from litft.engine.metrics import MetricsCSV, StepMetrics, peak_memory_gb
 from litft.engine.peers import Watch, dead_worker, watch
 from litft.engine.rank_logs import redirect
@@ -190,7 +192,7 @@ def run(
             return
         try:
             tidy(folder / "checkpoints", checkpoint, damaged)
-            record = _begin(trainer, folder, planned, config, checkpoint)
+            record = _begin(trainer, method, data, folder, planned, config, checkpoint)
         except OSError as error:
             raise Failed(f"{folder}: cannot be written: {error.strerror or error}") from error
 
@@ -314,11 +316,21 @@ def keep_config(folder: Path, config: str, step: int) -> None:
     beside.replace(path)
 
 
-def _begin(trainer: Trainer, folder: Path, planned: dict[str, Any], config: str, resumed: Any) -> RunFile:
+def _begin(
+    trainer: Trainer,
+    method: Method,
+    data: ChatData,
+    folder: Path,
+    planned: dict[str, Any],
+    config: str,
+    resumed: Path | None,
+) -> RunFile:
     folder.mkdir(parents=True, exist_ok=True)
     keep_config(folder, config, step_of(resumed) if resumed else 0)
     facts = {
         "plan": planned,
+        "fingerprints": of(method, data),
+        "rows": describe(data.selection, method.tokenizer),
         "precision": trainer.precision,
         "device": str(trainer.strategy.root_device),
         "devices": trainer.world_size,
@@ -373,8 +385,8 @@ def _one(trainer: Trainer, cls: Any) -> Any:
     return found[0]
 
 
-def report(outcome: Outcome) -> str:
-    """The closing lines: losses, answers, where the result lies, what to type next."""
+def report(outcome: Outcome, page: Path | None = None) -> str:
+    """The closing lines: losses, answers, where the result and its page lie, what to type next."""
     lines = ["", outcome.stopped] if outcome.stopped else [""]
     for name, after in outcome.losses_after.items():
         before = outcome.losses_before.get(name)
@@ -390,6 +402,7 @@ def report(outcome: Outcome) -> str:
     lines += [
         "",
         f"the result: {final} ({outcome.why})",
+        *([f"the report: {page}"] if page else []),
         f"next:       litft chat {final.parent}",
         f'            litft generate {final.parent} --prompt "..."',
     ]

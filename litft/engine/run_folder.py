@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -188,3 +189,10 @@ class RunFile:
         facts = hide(json.loads(json.dumps(self.facts, default=str)))
         beside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         beside.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; a last line torn by a crash is left out."""
+    with open(path, newline="", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row.get("step", "").isdigit() and None not in row and None not in row.values()]
