@@ -86,7 +86,7 @@ def save_final(
             if new is not None or is_sharded(plain):  # every rank takes part in gathering what is sharded
                 tuner.save(plain, new, base, revision)
             if new is not None:
-                _save_text_files(tokenizer, generation, new)
+                save_text_files(tokenizer, generation, new)
         return folder
 
     dtype = dtype or base_dtype(base, revision) or plain.dtype
@@ -104,7 +104,7 @@ def save_final(
             config.save_pretrained(new)
         else:
             save_weights(plain, state, config, new)
-        _save_text_files(tokenizer, generation, new)
+        save_text_files(tokenizer, generation, new)
     return folder
 
 
@@ -213,7 +213,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _save_text_files(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, folder: Path) -> None:
+def save_text_files(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, folder: Path) -> None:
+    """Write the tokenizer with its chat template, and generation_config.json."""
     tokenizer.save_pretrained(folder)
     # to_json_file, because save_pretrained refuses a changed copy of a published file that was inconsistent before
     # (a temperature without do_sample, say); such a file keeps its meaning here.

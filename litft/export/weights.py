@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,29 +90,50 @@ def stream_weights(model: nn.Module, dtype: torch.dtype, folder: Path | None, sh
         name: (dtype if isinstance(t, nn.Parameter) and t.is_floating_point() else t.dtype, part_of(t).shape)
         for name, t in live.items()
     }
-    files: list[list[str]] = [[]]
-    sizes = [0.0]
-    for name, (stored, shape) in layout.items():
-        size = stored.itemsize * math.prod(shape)
-        if files[-1] and sizes[-1] + size > shard_bytes:
-            files.append([])
-            sizes.append(0.0)
-        files[-1].append(name)
-        sizes[-1] += size
-    index: dict[str, str] = {}
-    for number, names in enumerate(files, 1):
-        last = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+    files = split(layout, shard_bytes)
+    for file, names in files.items():
         gathered = (whole(live[name]).to(layout[name][0]) for name in names)
         if folder is None:
             for _ in gathered:
                 pass
             continue
-        path = folder / f"model{last}.safetensors"
-        index |= dict.fromkeys(names, path.name)
-        with open(path, "wb") as file:
-            write_tensors(file, {name: layout[name] for name in names}, gathered, {})
-    if folder is not None and len(files) > 1:
-        content = {"metadata": {"total_size": int(sum(sizes))}, "weight_map": index}
+        with open(folder / file, "wb") as stream:
+            write_tensors(stream, {name: layout[name] for name in names}, gathered, {})
+    if folder is not None:
+        write_index(folder, files, layout)
+
+
+Layout = Mapping[str, "tuple[torch.dtype, tuple[int, ...]]"]
+"""Names of weights, and each one's dtype and shape as stored."""
+
+
+def split(layout: Layout, shard_bytes: float = 5e9) -> dict[str, list[str]]:
+    """The names of the files that weights are spread over, and of the weights in each.
+
+    Args:
+        layout: of all weights.
+        shard_bytes: of the largest file, but for a tensor that is larger.
+    """
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, (dtype, shape) in layout.items():
+        size = dtype.itemsize * math.prod(shape)
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, files: Mapping[str, list[str]], layout: Layout) -> None:
+    """Write the file that says which of several files holds a weight; one file needs none."""
+    if len(files) > 1:
+        size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+        index = {name: file for file, names in files.items() for name in names}
+        content = {"metadata": {"total_size": size}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -136,7 +158,9 @@ def exported_config(model: PreTrainedModel, dtype: torch.dtype) -> PretrainedCon
     return config
 
 
-def save_weights(model: PreTrainedModel, state: dict[str, Tensor], config: PretrainedConfig, folder: Path) -> None:
+def save_weights(
+    model: PreTrainedModel, state: dict[str, Tensor], config: PretrainedConfig, folder: Path, shard_bytes: float = 5e9
+) -> None:
     """Write safetensors under the names the family is published with, and config.json.
 
     Args:
@@ -144,6 +168,7 @@ def save_weights(model: PreTrainedModel, state: dict[str, Tensor], config: Pretr
         state: of `full_state_dict`.
         config: of `exported_config`.
         folder: where to; exists.
+        shard_bytes: of the largest file, but for a tensor that is larger.
     """
     from transformers import GenerationConfig
 
@@ -152,7 +177,7 @@ def save_weights(model: PreTrainedModel, state: dict[str, Tensor], config: Pretr
     live = model.config, model.generation_config
     model.config, model.generation_config = copy.deepcopy(config), GenerationConfig()
     try:
-        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+        model.save_pretrained(folder, state_dict=state, max_shard_size=int(shard_bytes))
     finally:
         model.config, model.generation_config = live
     config.save_pretrained(folder)

@@ -96,7 +96,8 @@ class LoRALinear(Adapter):
             init_A(self.lora_A, r, init)
         self.lora_magnitude_vector: nn.Parameter | None = None
         if dora:
-            self.lora_magnitude_vector = nn.Parameter(self.weight_norm())
+            lengths = torch.empty(out_features, device=device) if weight.is_meta else self.weight_norm()
+            self.lora_magnitude_vector = nn.Parameter(lengths)
         self.shared: SharedInput | None = None  # computes this layer, where `share_inputs` has been called
 
     @property

@@ -63,6 +63,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def plain_name(key: str) -> str:
+    """The name that a weight with this key in adapter_model.safetensors has in the model without an adapter."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
 def _suffixes(module: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
     if isinstance(module, LoRALinear):
         yield "lora_A.weight", module.lora_A

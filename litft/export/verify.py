@@ -1,0 +1,173 @@
+"""Whether a folder that was written answers as the model that it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from litft.errors import Failed
+from litft.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from litft.export.merged import MergedWeights
+    from litft.models.resolve import ModelSource
+
+TOLERANCE = 1e-4
+"""How far fp32 logits may be apart, as a part of their standard deviation where that is above 1."""
+
+PASSES = 4
+"""Times that `verify` calls `progress` with one more step."""
+
+_CHATS = (
+    "Why is the sky blue? Answer in two sentences.",
+    "Write a short poem about the sea, then count from 1 to 10.",
+    "Übersetze 'good morning' ins Französische. 日本語でも。 x = [i**2 for i in range(10)]",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was compared.
+
+    Attributes:
+        tokens: number of positions whose logits were compared; 0 where the model was too large for that.
+        difference: largest difference of fp32 logits between the folder, and base and adapter apart from each other
+            (their sum rounded as the folder's weights are).
+        rounding: largest difference of fp32 logits that rounding the weights made; 0 where nothing was rounded.
+        divergence: what rounding did to the predictions, as KL divergence in nats a token.
+        modules: number of modules compared one by one, where the model was too large for logits.
+    """
+
+    tokens: int = 0
+    difference: float = 0.0
+    rounding: float = 0.0
+    divergence: float = 0.0
+    modules: int = 0
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        said = [
+            f"checked: read again by transformers, its fp32 logits at {self.tokens} tokens are those of the model"
+            f" within {self.difference:.1g}"
+        ]
+        if self.rounding:
+            said.append(f"rounding the weights moves logits by at most {self.rounding:.2g} (KL {self.divergence:.1g})")
+        return said
+
+
+@torch.no_grad()
+def verify(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    weights: MergedWeights | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[..., None] = lambda more: None,
+) -> Check:
+    """Compare a folder's answers with those of the base with its adapter beside it; both in fp32, one after the other.
+
+    The live model answers unmerged, then merged in memory, then with its weights rounded as the folder's are. Merging
+    may move nothing, and the folder, read by plain transformers, has to be the last of them.
+
+    Args:
+        source: that the folder was made from.
+        tokenizer: of `load_tokenizer`.
+        folder: that was written.
+        dtype: of its weights.
+        weights: that were written.
+        trust_remote_code: run the Python code that the model brings.
+        progress: called with 1 after each pass.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        Failed: the answers differ.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from litft.export.hf import grow
+    from litft.models.load import load_model
+    from litft.tuners import LoRA
+
+    code: Any = {"trust_remote_code": trust_remote_code}
+    model = load_model(source, dtype=torch.float32, **code).eval()
+    lora = None
+    if source.adapter is not None:
+        grow(model, tokenizer)
+        lora = LoRA.from_folder(source.adapter, dropout=0.0)
+        lora.apply(model)
+        lora.load(model, source.adapter)
+    batches = probes(tokenizer, model.get_input_embeddings().weight.shape[0])
+    live = _answers(model, batches)
+    progress(1)
+    expected = live
+    if lora is not None:
+        lora.merge(model)
+        expected = _answers(model, batches)
+        _compare(live, expected, "merging in memory")
+    progress(1)
+    if dtype != torch.float32:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        expected = _answers(model, batches)
+    progress(1)
+    del model
+    with quiet():
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **code)
+    found = _answers(again.eval(), batches)
+    progress(1)
+    difference = _compare(expected if dtype != torch.float32 else live, found, "what was written")
+    rounding = 0.0 if dtype == torch.float32 else (live - expected).abs().max().item()
+    divergence = F.kl_div(expected.log_softmax(-1), live.log_softmax(-1), reduction="sum", log_target=True)
+    return Check(len(live), difference, rounding, divergence.item() / len(live))
+
+
+def probes(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Tensor]:
+    """Token ids to compare models on: some chats as the template writes them, and random ids; [1, tokens] each."""
+    generator = torch.Generator().manual_seed(0)
+    found = [torch.randint(min(vocabulary, len(tokenizer)), (1, 48), generator=generator)]
+    for text in _CHATS:
+        ids = list(tokenizer(text)["input_ids"])
+        if tokenizer.chat_template:
+            from litft.data.conversation import Conversation
+            from litft.data.template import ChatEncoder
+            from litft.errors import UserError
+
+            chat = Conversation(messages=[{"role": "user", "content": text}], train=[None])
+            with contextlib.suppress(UserError):  # a template that wants something else; plain text will do
+                ids = ChatEncoder(tokenizer).prompt(chat)
+        found.append(torch.tensor([ids[:256]]))
+    return [ids for ids in found if ids.numel()]
+
+
+def _answers(model: Any, batches: list[Tensor]) -> Tensor:
+    """Logits at every position of every batch, fp32 [tokens, vocabulary]."""
+    return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float() for ids in batches])
+
+
+def _compare(expected: Tensor, found: Tensor, what: str) -> float:
+    """The largest difference.
+
+    Raises:
+        Failed: it is too large.
+    """
+    difference = (expected - found).abs().max().item()
+    allowed = TOLERANCE * max(1.0, expected.std().item())
+    if not difference <= allowed:
+        raise Failed(
+            f"{what} changes the model's answers: logits differ by up to {difference:.2g} ({allowed:.1g} is allowed)\n"
+            "nothing was written; this is a fault of litft or of the files of the model"
+        )
+    return difference
