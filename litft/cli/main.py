@@ -12,6 +12,7 @@ VERBS = {
     "finetune": "fine-tune a model: litft finetune full|lora|qlora --data FILE",
     "data": "look at training data: litft data check|show|stats FILE",
     "generate": "answer a prompt, or every row of a file: litft generate FOLDER --prompt TEXT",
+    "evaluate": "loss and answers on rows, against a baseline: litft evaluate FOLDER --data FILE",
     "chat": "talk to a model in the terminal: litft chat FOLDER",
     "merge": "an adapter into its base model: litft merge FOLDER --out DIR",
     "export": "for something else to take: litft export FOLDER --to hf --out DIR",
