@@ -9,8 +9,8 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     parser = Parser(
         "litft report",
-        "Write a run's report.html again, or one page that lays several runs side by side: their curves, what they came\n"
-        "to and what differs between them. The page is one file that needs no network.",
+        "Write a run's report.html again, or one page that lays several runs side by side: their curves, what they\n"
+        "came to and what differs between them. The page is one file that needs no network.",
         "litft report runs/0001-lora runs/0002-full --out compare.html",
     )
     parser.add_argument("RUN", nargs="+", help="a run folder")

@@ -374,7 +374,7 @@ def _finish(
         outcome.stopped = f"stopped early, after step {last} of {data.total_steps}: {reason}"
     if trainer.is_global_zero or in_parts(trainer):
         with quiet():
-            method.save(folder / "final")
+            method.save(folder / "final", losses_before=outcome.losses_before, losses_after=outcome.losses_after)
     return outcome
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ def save_final(
     revision: str | None = None,
     stop_ids: set[int] | None = None,
     dtype: torch.dtype | None = None,
+    card: Callable[[Path], str] | None = None,
 ) -> Path:
     """Write the fine-tuned model, complete or not at all, and leave the live model and tokenizer as they were.
 
@@ -60,6 +61,7 @@ def save_final(
         revision: of the base on the hub.
         stop_ids: ids of the end-of-turn tokens that were trained (`ChatEncoder.stop_ids`).
         dtype: of a full model's stored weights; None is the dtype in which the base is stored.
+        card: makes the text of its README.md from the folder that is all but complete (`litft.export.card`).
 
     Returns:
         The folder.
@@ -86,7 +88,7 @@ def save_final(
             if new is not None or is_sharded(plain):  # every rank takes part in gathering what is sharded
                 tuner.save(plain, new, base, revision)
             if new is not None:
-                save_text_files(tokenizer, generation, new)
+                save_text_files(tokenizer, generation, new, card)
         return folder
 
     dtype = dtype or base_dtype(base, revision) or plain.dtype
@@ -104,7 +106,7 @@ def save_final(
             config.save_pretrained(new)
         else:
             save_weights(plain, state, config, new)
-        save_text_files(tokenizer, generation, new)
+        save_text_files(tokenizer, generation, new, card)
     return folder
 
 
@@ -213,12 +215,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_text_files(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, folder: Path) -> None:
-    """Write the tokenizer with its chat template, and generation_config.json."""
+def save_text_files(
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig,
+    folder: Path,
+    card: Callable[[Path], str] | None = None,
+) -> None:
+    """Write the tokenizer with its chat template, generation_config.json and, from all that, README.md."""
     tokenizer.save_pretrained(folder)
     # to_json_file, because save_pretrained refuses a changed copy of a published file that was inconsistent before
     # (a temperature without do_sample, say); such a file keeps its meaning here.
     generation.to_json_file(folder / "generation_config.json")
+    if card is not None:
+        (folder / "README.md").write_text(card(folder), encoding="utf-8")
 
 
 def _is_first_rank() -> bool:

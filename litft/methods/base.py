@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule
@@ -79,6 +79,13 @@ class Method(LightningModule):
         revision: of the model on the hub.
         trust_remote_code: run the Python code that a model folder brings. Only for models whose code you have read.
     """
+
+    rows: ClassVar[str] = "chats"
+    """What is trained on: `chats`, `pairs` of answers, or `labelled` answers."""
+    dropout: ClassVar[bool] = True
+    """Whether the model may drop activations out; not where its log-probabilities are compared with a reference's."""
+    alike: ClassVar[bool] = True
+    """Whether the loss weighs all trained tokens of a micro-batch alike, for which gradients come cheaper."""
 
     net: CausalLM
     applied: Applied
@@ -380,19 +387,37 @@ class Method(LightningModule):
 
     # ---- the result
 
-    def save(self, folder: str | Path) -> Path:
-        """Write what was trained as a plain model or PEFT adapter folder, with tokenizer and generation settings.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        losses_before: Mapping[str, float] | None = None,
+        losses_after: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write what was trained as a plain model or PEFT adapter folder, with tokenizer, settings and model card.
 
         Args:
             folder: complete afterwards, or untouched; an older result there is replaced.
+            losses_before: held-out losses for the card; those that the Trainer has recorded where None.
+            losses_after: of the weights as they are now.
         """
         from litft.data.template import ChatEncoder
+        from litft.export.card import base_of, model_card
         from litft.export.final import save_final
+        from litft.methods.card import training_of
 
         stops = set(ChatEncoder(self.tokenizer).stop_ids) if self.tokenizer.chat_template else set()
         base, revision = self.source.base_name, self.source.revision
+        training = training_of(self, losses_before, losses_after)
         return save_final(
-            self.net.model, self.tuner, self.tokenizer, folder, base=base, revision=revision, stop_ids=stops
+            self.net.model,
+            self.tuner,
+            self.tokenizer,
+            folder,
+            base=base,
+            revision=revision,
+            stop_ids=stops,
+            card=partial(model_card, base=base_of(self.source), training=training),
         )
 
     # ---- checkpoints: what is trained, never the frozen base

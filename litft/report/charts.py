@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def line_chart(lines: Sequence[Line], *, label: str, x_label: str = "optimizer s
     x_of = _Scale(low_x, high_x, LEFT, WIDTH - RIGHT)
     y_of = _Scale(scale(min(ticks[0], values[0])), scale(max(ticks[-1], values[-1])), HEIGHT - BOTTOM, TOP)
     parts = [_y_axis([(y_of(scale(tick)), number(tick)) for tick in ticks])]
-    x_ticks = [tick for tick in _ticks(low_x, high_x, 4, whole=True) if low_x <= tick <= high_x]
+    x_ticks = [tick for tick in _ticks(low_x, high_x, 6, whole=True) if low_x <= tick <= high_x]
     parts.append(_x_axis([(x_of(tick), number(tick)) for tick in x_ticks], x_label))
     for line in lines:
         for run in _stretches(thin(line.points)):
@@ -200,7 +201,7 @@ def _bands(lines: Sequence[Line], x_of: _Scale) -> list[str]:
     steps = sorted({x for line in lines for x, y in line.points if math.isfinite(y)})
     size = -(-len(steps) // BANDS)
     firsts = steps[::size]
-    middles = [(x_of(a) + x_of(b)) / 2 for a, b in zip(firsts, firsts[1:], strict=False)]
+    middles = [(x_of(a) + x_of(b)) / 2 for a, b in itertools.pairwise(firsts)]
     bounds = [LEFT, *middles, WIDTH - RIGHT]
     values = [dict(line.points) for line in lines]
     found = []

@@ -15,7 +15,9 @@ def summary(run: Run) -> str:
     plan = run.plan
     parts = [f"{plan.get('model', '?')}, {plan.get('tuner', '?')}"]
     if "rows" in plan:
-        parts.append(f"{plan['rows']:,} rows, {plan['steps']:,} steps, {plan['epochs']:g} epochs")
+        parts.append(
+            f"{plan['rows']:,} rows, {plan['steps']:,} steps, {plan['epochs']:g} epoch" + "s" * (plan["epochs"] != 1)
+        )
     parts.append(f"{run.facts.get('precision', '?')} on {_devices(run)}")
     return "; ".join(parts)
 

@@ -65,7 +65,9 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
         out = runs[0].folder / "report.html"
     file = Path(out).expanduser()
     if file.exists() and (file.is_dir() or MARK not in file.read_text(encoding="utf-8", errors="replace")[:2000]):
-        raise UserError(f"--out {file}: is there, and no page of litft's; it is not overwritten\nmend: name another file")
+        raise UserError(
+            f"--out {file}: is there, and no page of litft's; it is not overwritten\nmend: name another file"
+        )
     text = run_page(runs[0]) if len(runs) == 1 else compare_page(_named(runs))
     beside = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -78,13 +80,15 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
 
 
 def report_of_run(folder: Path) -> Path | None:
-    """Write a run's own report at its end, where what the run came to must not hang on it; says on stderr if it fails."""
+    """Write a run's own report at its end; what the run came to doesn't hang on it, so a failure is only said."""
     if not (folder / "run.json").exists():  # it ended before it began
         return None
     try:
         return write_report([folder])
     except Exception as error:
-        print(f"report.html is not written: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        print(
+            f"report.html is not written: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr
+        )
         return None
 
 
