@@ -15,8 +15,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     args = _parser().parse(argv)
-    if args.data is None:
-        raise UserError("nothing to evaluate on\nmend: --data FILE")
+    if not args.data and not args.tasks:
+        raise UserError("nothing to evaluate on\nmend: --data FILE, or --tasks NAME")
     if args.out and Path(args.out).is_dir() and any(Path(args.out).iterdir()):
         raise UserError(f"--out {args.out}: already holds files; name another folder")
     from litft.evaluate.sets import names_of
@@ -48,6 +48,10 @@ def main(argv: list[str]) -> int:
             device=args.device,
             dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
             trust_remote_code=args.trust_remote_code,
+            tasks=[name.strip() for name in args.tasks.split(",") if name.strip()],
+            include_path=args.include_path,
+            num_fewshot=args.num_fewshot,
+            apply_chat_template=args.apply_chat_template,
             progress=progress,
         )
         found.save(folder)
@@ -68,7 +72,13 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("FOLDER", help=MODEL)
-    add("--data", nargs="+", metavar="[NAME=]FILE", help="sets of rows, each under its name or that of its file")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="sets of rows, each under its name or that of its file",
+    )
     add("--baseline", metavar="MODEL", help="compare with this model; base: what FOLDER was fine-tuned from")
     add("--out", metavar="DIR", help="folder for evaluation.json and answers.jsonl (a new one in runs/)")
     add("--limit", type=positive, metavar="N", help="only the first N rows of each set")
@@ -81,6 +91,10 @@ def _parser() -> Parser:
         help="compare what its last match finds (its first group), numbers as numbers; gsm8k: behind ####,"
         " number: the last one; may be repeated",
     )
+    add("--tasks", default="", metavar="NAME,...", help="tasks of lm-eval (pip install 'litft[evaluate]'), too")
+    add("--include_path", metavar="DIR", help="folder with task files (YAML) of your own")
+    add("--num_fewshot", type=_count, metavar="N", help="examples before each question of a task; by default its own")
+    add("--apply_chat_template", action="store_true", help="write the prompts of tasks as chats")
     add("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token, above 0 draws (0)")
     add("--seed", type=int, default=0, metavar="N", help="of drawing and of the bootstrap (0)")

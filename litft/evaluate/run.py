@@ -19,6 +19,7 @@ from litft.engine.run_folder import versions
 from litft.engine.secrets import hide
 from litft.errors import UserError
 from litft.evaluate import answers as scoring
+from litft.evaluate import harness
 from litft.evaluate.figures import Measured, differences, figures
 from litft.evaluate.losses import Advance, Documents, encode, row_losses, text_sizes
 from litft.evaluate.models import Candidate, baseline_of, training_settings
@@ -83,6 +84,10 @@ def evaluate(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    tasks: Sequence[str] = (),
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
     progress: Progress = lambda what, total, unit: nullcontext(lambda more: None),
 ) -> Evaluation:
     """Measure the loss of rows and the quality of answers, of a model and maybe of one to compare it with.
@@ -107,6 +112,10 @@ def evaluate(
         device: where to run.
         dtype: of the weights; as they are stored by default (see `load_for_inference`).
         trust_remote_code: run Python code that a model brings.
+        tasks: of EleutherAI's lm-evaluation-harness, also measured (see `litft.evaluate.harness`).
+        include_path: folder with task files of one's own.
+        num_fewshot: examples before each question of a task; the task's own number by default.
+        apply_chat_template: write the tasks' prompts as chats.
         progress: makes progress lines.
 
     Raises:
@@ -135,6 +144,13 @@ def evaluate(
     asked = [_to_ask(rows, read, candidates, answers) for rows, read in zip(sets, documents, strict=True)]
     for rows, chosen in zip(sets, asked, strict=True):
         _check_references(rows, chosen, patterns)
+    options: dict[str, Any] = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template}
+    chosen_tasks = None
+    if tasks:
+        settings |= {"tasks": list(tasks), "include_path": include_path, **options}
+        with progress("finding tasks", len(tasks), "tasks"):
+            chosen_tasks = harness.find_tasks(tasks, include_path=include_path, limit=limit, seed=seed, **options)
+    results: list[harness.Results] = []
     found = Evaluation({})
     measured: list[list[Measured]] = [[] for _ in sets]
     for role, candidate in enumerate(candidates):
@@ -144,6 +160,8 @@ def evaluate(
         found.facts[("model", "baseline")[role]] = candidate.facts(bundle)
         for i, rows in enumerate(sets):
             measured[i].append(_measure(bundle, rows.name, documents[i][role], asked[i], patterns, settings, progress))
+        if chosen_tasks:
+            results.append(harness.run_tasks(bundle, chosen_tasks, batch_size=batch_size))
         del bundle
         gc.collect()
     found.facts |= {"versions": versions(), "settings": settings, "sets": {}}
@@ -151,6 +169,11 @@ def evaluate(
         sizes = text_sizes(models[0].documents, candidates[0].tokenizer)
         found.facts["sets"][rows.name] = _summary(rows, chosen, models, sizes, seed)
         found.answers += _answer_rows(rows.name, chosen, models)
+    if results:
+        compared = harness.against(results[0], results[1], seed) if len(results) > 1 else results[0]
+        found.facts["tasks"] = {
+            name: {key: value for key, value in result.items() if key != "rows"} for name, result in compared.items()
+        }
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 WIDTH = 80
-_COLUMN, _NAME = 14, 18
+_NAME, _COLUMN, _INTERVAL = 24, 11, 20
 _FIRST = ("loss", "perplexity", "bits_per_byte")
 _NOT_SHOWN = {"tokens", "total_tokens"}
 
@@ -49,28 +49,27 @@ def _figures(found: dict[str, Any], other: dict[str, Any] | None) -> dict[str, A
 
 def _task(name: str, found: dict[str, Any]) -> list[str]:
     other = found.get("baseline")
-    lines = [f"task {name}: {found['samples']:,} samples, {found['num_fewshot']} shots", _heading(other is not None)]
+    shots = "" if found["num_fewshot"] is None else f", {found['num_fewshot']} examples before each"
+    lines = [f"task {name}: {found['samples']:,} samples{shots}", _heading(other is not None)]
     return lines + [_line(key, value, other and other.get(key), found) for key, value in found["metrics"].items()]
 
 
 def _heading(compared: bool) -> str:
-    columns = ["model", "baseline", "diff", "95 % of diff"] if compared else ["model"]
-    return (" " * _NAME + "".join(f"{column:>{_COLUMN}}" for column in columns)).rstrip()
+    columns = ["model", "baseline", "diff"] if compared else ["model"]
+    line = " " * _NAME + "".join(f"{column:>{_COLUMN}}" for column in columns)
+    return f"{line}{'95 % of diff':>{_INTERVAL}}" if compared else line
 
 
 def _line(key: str, value: float | None, other: float | None, found: dict[str, Any]) -> str:
-    cells = [_number(value)]
-    if "diff" in found:
-        cells.append(_number(other))
-        if key in found["diff"]:
-            cells.append(f"{found['diff'][key]:+.4f}")
-            if interval := found["ci95"].get(key):
-                cells.append(" .. ".join(f"{end:+.3f}" for end in interval))
-    return (
-        f"  {key:<{_NAME - 2}}"
-        + "".join(f"{cell:>{_COLUMN}}" for cell in cells[:3])
-        + "".join(f"{cell:>20}" for cell in cells[3:])
-    )
+    line = f"  {key:<{_NAME - 2}}{_number(value):>{_COLUMN}}"
+    if "diff" not in found:
+        return line
+    line += f"{_number(other):>{_COLUMN}}"
+    if key in found["diff"]:
+        line += f"{found['diff'][key]:>+{_COLUMN}.4f}"
+    if interval := found.get("ci95", {}).get(key):
+        line += f"{f'{interval[0]:+.3f} .. {interval[1]:+.3f}':>{_INTERVAL}}"
+    return line
 
 
 def _number(value: float | None) -> str:
