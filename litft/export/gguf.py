@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litft.errors import Failed, UserError
 from litft.export.final import as_ids, control_ids, generation_settings, new_folder
-from litft.export.gguf_families import Family, family_of
+from litft.export.gguf_families import family_of
 from litft.export.gguf_tokenizer import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
