@@ -17,8 +17,10 @@ VERBS = {
     "merge": "an adapter into its base model: litft merge FOLDER --out DIR",
     "export": "for something else to take: litft export FOLDER --to hf --out DIR",
     "report": "a run as a page, or several side by side: litft report RUN... --out FILE",
+    "push": "onto the model hub: litft push FOLDER --repo NAME",
     "config": "ready-made configurations: litft config list|show|copy|check NAME",
     "download": "fetch a model from the hub: litft download ID",
+    "doctor": "what this machine has, and what is missing: litft doctor",
 }
 
 

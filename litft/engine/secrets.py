@@ -38,6 +38,11 @@ def hide(value: Any) -> Any:
     return _hide(value, _in_environment())
 
 
+def issued(text: str) -> bool:
+    """Whether a text holds a token by its form, or the value of an environment variable that is a secret."""
+    return _ISSUED.search(text) is not None or any(secret in text for secret in _in_environment())
+
+
 def hide_yaml(text: str) -> str:
     """YAML without secrets; the same text, byte for byte, where it holds none."""
     import yaml

@@ -141,6 +141,28 @@ def model_card(folder: str | Path, base: Base, training: Training | None = None)
     return "\n".join(parts)
 
 
+def on_hub(card: str, repo: str, base: str | None = None) -> str:
+    """A card as it lies on the hub: its code loads the repository, and its metadata names the base.
+
+    Args:
+        card: of `model_card`, or written by hand.
+        repo: "owner/name".
+        base: the hub's id of the base, where it is known only now.
+    """
+    from huggingface_hub import ModelCard
+
+    def commands(found: re.Match[str]) -> str:
+        block = re.sub(r"(?<=[ =])\.(?= |$)", repo, found[0], flags=re.M)
+        return re.sub(r"(vllm serve )\S+(?= --enable-lora)", rf"\g<1>{base}", block) if base else block
+
+    text = re.sub(r"```bash\n.*?```", commands, card.replace(HERE, f'"{repo}"'), flags=re.S)
+    if base is None:
+        return text
+    parsed = ModelCard(text, ignore_metadata_errors=True)
+    parsed.data["base_model"] = base
+    return str(parsed)
+
+
 def _front(is_adapter: bool, base: Base, training: Training | None) -> str:
     from huggingface_hub import ModelCardData
 
@@ -248,4 +270,4 @@ def _plain(text: Any) -> str:
     return re.sub(r"[^\w .,;:+/@#%()=-]", "", str(text).replace("\n", " "))[:120].strip() if text else ""
 
 
-__all__ = ["CARD", "HERE", "Base", "Training", "base_of", "front_matter", "is_repo_id", "model_card"]
+__all__ = ["CARD", "HERE", "Base", "Training", "base_of", "front_matter", "is_repo_id", "model_card", "on_hub"]

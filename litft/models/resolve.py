@@ -113,7 +113,7 @@ def resolve(
 
 
 def _from_folder(name: str, folder: Path, *, weights: bool, offline: bool, trust_remote_code: bool) -> ModelSource:
-    folder = _enter(folder)
+    folder = enter(folder)
     options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
     if (folder / "adapter_config.json").is_file():
         return _from_adapter(name, folder, **options)
@@ -125,12 +125,12 @@ def _from_folder(name: str, folder: Path, *, weights: bool, offline: bool, trust
     check_architecture(folder, trust_remote_code=trust_remote_code)
     if weights:
         _check_weights(folder)
-    if cached := _SNAPSHOT.search(str(folder)):
-        return ModelSource(name, folder, hub_id=f"{cached[1]}/{cached[2]}", revision=cached[3])
+    if cached := cached_id(folder):
+        return ModelSource(name, folder, hub_id=cached[0], revision=cached[1])
     return ModelSource(name, folder)
 
 
-def _enter(folder: Path) -> Path:
+def enter(folder: Path) -> Path:
     """From a run folder to its `final/`, from a folder of the hub's cache to its snapshot; else as it is."""
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return folder
@@ -188,9 +188,15 @@ def _resolve_base(base: str, revision: str | None, adapter: Path, **options: Any
         return resolve(os.path.normpath(adapter / folder), **options)
     if folder.name == DEFAULT_MODEL:  # somebody else's cache folder of the default model
         return resolve(DEFAULT_MODEL, **options)
-    if cached := _SNAPSHOT.search(base):  # somebody else's copy of a hub model
-        return resolve(f"{cached[1]}/{cached[2]}", revision=cached[3], **options)
+    if cached := cached_id(base):  # somebody else's copy of a hub model
+        return resolve(cached[0], revision=cached[1], **options)
     return resolve(base, revision=revision, **options)
+
+
+def cached_id(folder: str | Path) -> tuple[str, str] | None:
+    """The hub's id and the commit of a folder in the hub's cache, on this or another machine; None for any other."""
+    found = _SNAPSHOT.search(str(folder))
+    return (f"{found[1]}/{found[2]}", found[3]) if found else None
 
 
 def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None:
