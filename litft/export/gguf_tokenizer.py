@@ -333,13 +333,13 @@ def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer."""
     if component is None:
         return []
-    if component["type"] == "Sequence":
-        return [
-            part for inner in component.get("normalizers", component.get("pretokenizers")) for part in _parts(inner)
-        ]
-    return [component]
+    if component["type"] != "Sequence":
+        return [component]
+    steps = component["normalizers"] if "normalizers" in component else component["pretokenizers"]
+    return [part for step in steps for part in _parts(step)]
 
 
 def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
     """The merges; older files write each as one string."""
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    halves = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(left, right) for left, right in halves]
