@@ -107,13 +107,14 @@ def is_repo_id(name: Any) -> bool:
     return True
 
 
-def model_card(folder: str | Path, base: Base, training: Training | None = None) -> str:
+def model_card(folder: str | Path, base: Base | None = None, training: Training | None = None, title: str = "") -> str:
     """The card of a model or adapter folder.
 
     Args:
         folder: with its config.json, or adapter_config.json, and tokenizer.
-        base: what it was trained from.
-        training: how; None where nobody knows any more.
+        base: what it was trained from; None where nobody knows.
+        training: how; None where nobody knows.
+        title: over the card; the base's name, fine-tuned, where empty.
 
     Returns:
         Markdown whose front matter the hub understands and whose code runs in that folder.
@@ -127,10 +128,14 @@ def model_card(folder: str | Path, base: Base, training: Training | None = None)
         raise UserError(f"{folder}: has neither config.json nor adapter_config.json, so it is no model")
     tuner = training.tuner if training else "lora" if adapter else ""
     how = {"lora": "LoRA", "qlora": "QLoRA", "full": "all weights"}.get(tuner, tuner)
-    parts = [_front(adapter is not None, base, training), f"# {base.name}, fine-tuned{f' ({how})' if how else ''}", ""]
-    kind = "A PEFT adapter for" if adapter else "A model fine-tuned from"
-    link = f"[{base.name}](https://huggingface.co/{base.name})" if base.name == base.hub_id else f"`{base.name}`"
-    parts += [f"{kind} {link}, made with litft.", ""]
+    name = base.name if base else "A language model"
+    head = title or f"{name}, fine-tuned{f' ({how})' if how else ''}"
+    parts = [_front(adapter is not None, base, training), f"# {head}", ""]
+    kind = "A PEFT adapter" if adapter else "A language model"
+    if base:
+        link = f"[{name}](https://huggingface.co/{name})" if name == base.hub_id else f"`{name}`"
+        kind += f" for {link}" if adapter else f", fine-tuned from {link}"
+    parts += [f"{kind}; made with litft.", ""]
     parts += _table(_facts(base, training, adapter, how))
     if training and training.settings:
         parts += ["", "## Hyperparameters", "", *_table([(key, _said(v)) for key, v in training.settings.items()])]
@@ -163,28 +168,32 @@ def on_hub(card: str, repo: str, base: str | None = None) -> str:
     return str(parsed)
 
 
-def _front(is_adapter: bool, base: Base, training: Training | None) -> str:
+def _front(is_adapter: bool, base: Base | None, training: Training | None) -> str:
     from huggingface_hub import ModelCardData
 
     tuner = training.tuner if training else ""
     tags = ["litft", *(["lora"] if is_adapter else []), *([training.method.lower()] if training else [])]
     tags += [tuner] if tuner and tuner not in tags else []
     data = ModelCardData(
-        base_model=base.hub_id,
+        base_model=base.hub_id if base else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         datasets=list(training.datasets) or None if training else None,
         tags=tags,
-        **{key: base.license.get(key) for key in _LICENSE_KEYS},  # type: ignore[arg-type]
+        **{key: base.license.get(key) if base else None for key in _LICENSE_KEYS},  # type: ignore[arg-type]
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _facts(base: Base, training: Training | None, adapter: Mapping[str, Any] | None, how: str) -> list[tuple[str, str]]:
-    license = base.license.get("license_name") or base.license.get("license") or "unknown: see the base"
-    if link := base.license.get("license_link"):
-        license += f" ({link})"
-    rows = [("base", base.name + (f"; {base.note}" if base.note else "")), ("licence of the base", license)]
+def _facts(
+    base: Base | None, training: Training | None, adapter: Mapping[str, Any] | None, how: str
+) -> list[tuple[str, str]]:
+    rows = [("base", "unknown")]
+    if base:
+        license = base.license.get("license_name") or base.license.get("license") or "unknown: see the base"
+        if link := base.license.get("license_link"):
+            license += f" ({link})"
+        rows = [("base", base.name + (f"; {base.note}" if base.note else "")), ("licence of the base", license)]
     if adapter:
         rows.append(
             ("adapter", f"{adapter.get('peft_type', 'LORA')}, r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}")
@@ -209,7 +218,7 @@ def _facts(base: Base, training: Training | None, adapter: Mapping[str, Any] | N
     return rows
 
 
-def _loading(folder: Path, base: Base, adapter: Mapping[str, Any] | None) -> list[str]:
+def _loading(folder: Path, base: Base | None, adapter: Mapping[str, Any] | None) -> list[str]:
     """Code for transformers or PEFT, and commands of litft and vLLM."""
     chats = (folder / "chat_template.jinja").is_file()
     loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
@@ -242,7 +251,9 @@ def _loading(folder: Path, base: Base, adapter: Mapping[str, Any] | None) -> lis
     serve = "vllm serve ."
     if adapter and _is_plain(adapter):
         rank = next((r for r in _RANKS if r >= adapter["r"]), adapter["r"])
-        serve = f"vllm serve {base.name} --enable-lora --max-lora-rank {rank} --lora-modules tuned=."
+        serve = (
+            f"vllm serve {base.name if base else 'BASE'} --enable-lora --max-lora-rank {rank} --lora-modules tuned=."
+        )
     elif adapter:
         serve = "litft merge . --out merged && vllm serve merged  # vLLM takes no adapter of this kind"
     lines = [f"With {package}:", "", "```python", *code, "```", "", "With litft, or served by vLLM:", ""]

@@ -12,9 +12,9 @@ from typing import Any
 
 from litft.engine.secrets import hide, issued
 from litft.errors import Failed, UserError
-from litft.export.card import CARD, Base, base_of, front_matter, is_repo_id, model_card, on_hub
+from litft.export.card import CARD, Base, front_matter, is_repo_id, model_card, on_hub
 from litft.models.alias import DEFAULT_MODEL, HUB_ID
-from litft.models.resolve import cached_id, enter, read_json, resolve
+from litft.models.resolve import cached_id, enter, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 TEXTS = (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".py", "Modelfile")
@@ -48,7 +48,8 @@ class Upload:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum((self.folder / file).stat().st_size for file in self.files)
+        texts = {name: len(text.encode()) for name, text in self.rewritten.items()}
+        return sum(texts.get(file.as_posix()) or (self.folder / file).stat().st_size for file in self.files)
 
 
 def prepare(name: str | Path, repo: str, base: str | None = None) -> Upload:
@@ -98,18 +99,21 @@ def push(upload: Upload, repo: str, *, private: bool | None = None, revision: st
         Failed: the hub can't be reached, or fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi()
     with _explained(f"push to {repo}"):
-        if api.repo_exists(repo):
-            if private is not None and bool(api.repo_info(repo).private) != private:
+        try:
+            there = api.repo_info(repo)
+        except RepositoryNotFoundError:
+            api.create_repo(repo, private=private is not False)
+        else:
+            if private is not None and bool(there.private) != private:
                 have, want = ("public", "private") if private else ("private", "public")
                 raise UserError(
                     f"--private {str(private).lower()}: {repo} is there, and {have}\n"
                     f"mend: leave --private out to push to it as it is, make it {want} in its settings, or name another"
                 )
-        else:
-            api.create_repo(repo, private=private is not False)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         operations = []
@@ -155,11 +159,14 @@ def _explained(what: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError as error:
         raise UserError(f"{where}: nobody is logged in\nmend: {login}") from error
     except Exception as error:  # whatever else HTTP, a proxy or a disk may raise
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        inner = error  # of an upload that failed, the answer that it failed on
+        while getattr(inner, "response", None) is None and isinstance(inner.__cause__, Exception):
+            inner = inner.__cause__
+        status = getattr(getattr(inner, "response", None), "status_code", None)
         if status in REFUSED:
             why, mend = REFUSED[status]
             raise UserError(f"{where}: {why} ({status})\nmend: {mend}") from error
-        said = hide((str(error).strip() or type(error).__name__).splitlines()[0][:200])
+        said = hide((str(inner).strip() or type(inner).__name__).splitlines()[0][:200])
         if status is not None:
             raise Failed(f"{where}: the hub failed ({status}): {said}\nmend: try again later") from error
         raise Failed(
@@ -234,7 +241,8 @@ def _take_card(upload: Upload, repo: str) -> None:
     if not file.is_file():
         upload.notes.append(f"a card ({CARD}) is written: there was none")
         upload.files.append(Path(CARD))
-        text = model_card(upload.folder, _base(upload.folder, base))
+        base = base or _named_base(upload.folder)
+        text = model_card(upload.folder, Base(base, base) if base else None, title=repo.rpartition("/")[2])
     elif front_matter(file):
         text = file.read_text(encoding="utf-8")
     else:
@@ -245,14 +253,9 @@ def _take_card(upload: Upload, repo: str) -> None:
     upload.rewritten[CARD] = on_hub(text, repo, base)
 
 
-def _base(folder: Path, named: str | None) -> Base:
-    """The base for a card, of a folder that doesn't say more."""
-    if named:
-        return Base(named, named)
-    try:
-        return base_of(resolve(folder, weights=False, offline=True))
-    except UserError:
-        return Base(folder.parent.name if folder.name == "final" else folder.name)
+def _named_base(folder: Path) -> str | None:
+    """The base that an adapter names; None for a whole model."""
+    return read_json(folder / ADAPTER).get("base_model_name_or_path") if (folder / ADAPTER).is_file() else None
 
 
 def _check_texts(upload: Upload) -> None:
