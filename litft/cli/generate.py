@@ -25,6 +25,7 @@ def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int, seed: 
     add("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time, above 0 draws")
     add("--top_p", type=float, metavar="P", help="draw from the likeliest tokens that together have this probability")
     add("--top_k", type=int, metavar="K", help="draw from this many likeliest tokens, 0 for all")
+    add("--min_p", type=float, metavar="P", help="draw from tokens with this share of the likeliest one's probability")
     add(
         "--seed",
         type=int,
@@ -39,7 +40,8 @@ def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int, seed: 
 
 def decoding(args: argparse.Namespace) -> dict[str, Any]:
     """The values of `add_decoding`'s flags, as `litft.infer` takes them."""
-    return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")}
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+    return {name: getattr(args, name) for name in names}
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
     what.add_argument("--data", metavar="FILE", help="answer every row of this file; needs --out")
     parser.add_argument("--system", metavar="TEXT", help="a system message before --prompt")
     parser.add_argument("--out", metavar="FILE", help="the .jsonl file to write: each row's messages and the answer")
-    parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="rows answered at once (8)")
+    parser.add_argument("--batch_size", type=positive, default=16, metavar="N", help="rows answered at once (16)")
     parser.add_argument(
         "--bad_rows", choices=("error", "skip"), default="error", help="a bad row is an error, or left out and counted"
     )

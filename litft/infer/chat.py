@@ -33,7 +33,7 @@ def chat(
         system: a system message that stands before the conversation, after `/reset` too.
         input: lines to read; None is the terminal, with line editing.
         output: where prompts and answers go; None is stdout.
-        decoding: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop` of `stream`.
+        decoding: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed` and `stop` of `stream`.
 
     Returns:
         The conversation as it stood at the end.

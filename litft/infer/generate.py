@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from litft.data.conversation import Conversation
 from litft.errors import DataError, UserError
+from litft.infer.engine import Engine, Request
 from litft.infer.load import ChatModel, Prompt
+from litft.infer.text import tidy
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 Progress = Callable[[int, int], None]
 """Called with (answers so far, answers in all)."""
+
+__all__ = ["decoding", "generate", "generate_file", "room", "tidy", "up_to_last_user_turn"]
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -33,11 +36,13 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = 0,
-    batch_size: int = 8,
+    batch_size: int = 16,
     stop: Sequence[str] = (),
     progress: Progress | None = None,
+    min_p: float | None = None,
+    first: int = 0,
 ) -> list[str]:
-    """Answer each prompt, in batches of like length.
+    """Answer each prompt, many at once.
 
     How to choose tokens is the model's own choice where nothing is said: its generation_config.json, as transformers
     and vLLM read it (many chat models name a temperature there; without one, decoding is greedy).
@@ -50,10 +55,12 @@ def generate(
             or the model's own settings narrow them.
         top_p: sample from the likeliest tokens that together have this probability (0 to 1).
         top_k: sample from this many likeliest tokens; 0 is all.
-        seed: of the sampling; the same seed, prompts and batch size give the same answers. None draws anew.
-        batch_size: prompts answered at once. Greedy answers do not depend on it (beyond rounding).
+        seed: of the sampling; an answer depends on it, its prompt and the prompt's number. None draws anew.
+        batch_size: prompts answered at once. Answers do not depend on it (beyond rounding).
         stop: texts that end an answer; they are not part of it.
-        progress: called after each batch.
+        progress: called whenever answers are complete.
+        min_p: sample from the tokens with at least this share of the likeliest one's probability (0 to 1).
+        first: the number of the first prompt, where they are part of a longer list.
 
     Returns:
         The answers in the order of the prompts, without the end-of-turn token and the template's framing.
@@ -62,22 +69,27 @@ def generate(
         UserError: a setting out of range, or a prompt that leaves no room for an answer.
         DataError: a conversation that the chat template refuses.
     """
-    settings = decoding(bundle, max_new_tokens, temperature, top_p, top_k, stop)
+    settings = decoding(bundle, max_new_tokens, temperature, top_p, top_k, stop, min_p)
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: at least 1")
     encoded = [bundle.encode(prompt) for prompt in prompts]
     rooms = [room(bundle, len(ids), max_new_tokens, f"prompt {i}") for i, ids in enumerate(encoded, 1)]
-    answers = [""] * len(encoded)
+    requests = [
+        Request(ids, settings, longest, seed=None if seed is None else f"{seed}/{first + i}", stop=stop)
+        for i, (ids, longest) in enumerate(zip(encoded, rooms, strict=True))
+    ]
     done = 0
-    with seeded(seed, bundle):
-        for batch in _batches(encoded, rooms, batch_size):
-            settings.max_new_tokens = rooms[batch[0]]
-            for i, ids in zip(batch, run(bundle, [encoded[i] for i in batch], settings), strict=True):
-                answers[i] = tidy(bundle.decode(ids), stop)
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(encoded))
-    return answers
+
+    def watch() -> None:
+        nonlocal done
+        now = sum(request.finish is not None for request in requests)
+        if now > done and progress is not None:
+            progress(now, len(requests))
+        done = now
+
+    # The longest first: neighbours in the queue are read together, and what the memory can't hold shows at once.
+    Engine(bundle, slots=batch_size).run(sorted(requests, key=lambda request: -len(request.ids)), watch)
+    return [request.text for request in requests]
 
 
 def generate_file(
@@ -86,7 +98,7 @@ def generate_file(
     out: str | Path,
     *,
     bad_rows: Literal["error", "skip"] = "error",
-    batch_size: int = 8,
+    batch_size: int = 16,
     progress: Progress | None = None,
     **options: Any,
 ) -> int:
@@ -122,7 +134,7 @@ def generate_file(
         for start in range(0, len(asked), window):
             rows = asked[start : start + window]
             report = None if progress is None else _shifted(progress, start, len(asked))
-            answers = generate(bundle, rows, batch_size=batch_size, progress=report, **options)
+            answers = generate(bundle, rows, batch_size=batch_size, progress=report, first=start, **options)
             for row, answer in zip(rows, answers, strict=True):
                 file.write(json.dumps(_answered(row, answer), ensure_ascii=False) + "\n")
     return skipped
@@ -217,8 +229,9 @@ def decoding(
     top_p: float | None = None,
     top_k: int | None = None,
     stop: Sequence[str] = (),
+    min_p: float | None = None,
 ) -> GenerationConfig:
-    """The complete settings for one call of transformers' `generate`.
+    """The complete settings, in transformers' form: the model's own, and over them what is said here.
 
     Raises:
         UserError: a value out of range.
@@ -231,6 +244,10 @@ def decoding(
         raise UserError(f"--top_p {top_p}: above 0, at most 1")
     if top_k is not None and top_k < 0:
         raise UserError(f"--top_k {top_k}: 0 (all tokens) or more")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise UserError(f"--min_p {min_p}: 0 to 1")
+    if "" in stop:
+        raise UserError("--stop '': an empty text ends every answer before it begins")
 
     from transformers import GenerationConfig
 
@@ -244,13 +261,14 @@ def decoding(
         given = {"temperature": temperature, "top_k": values.get("top_k") or 0}
         values |= given
     if sample:
-        values |= {key: value for key, value in (("top_p", top_p), ("top_k", top_k)) if value is not None}
+        said = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+        values |= {key: value for key, value in said.items() if value is not None}
     values |= {
         "do_sample": sample,
         "max_new_tokens": max_new_tokens,
         "max_length": None,
         "num_return_sequences": 1,
-        "stop_strings": list(stop) or None,
+        "stop_strings": None,  # the engine looks for them itself
         "eos_token_id": sorted(bundle.stop_ids) or None,
         "use_cache": True,
     }
@@ -269,64 +287,3 @@ def room(bundle: ChatModel, prompt_tokens: int, max_new_tokens: int, what: str) 
     if prompt_tokens >= limit:
         raise UserError(f"{what} has {prompt_tokens:,} tokens, and the model takes {limit:,} together with the answer")
     return min(max_new_tokens, limit - prompt_tokens)
-
-
-def tidy(text: str, stop: Sequence[str] = ()) -> str:
-    """An answer without what follows the first of the stop texts, without line breaks in front or blanks at the end."""
-    found = [text.index(word) for word in stop if word in text]
-    return text[: min(found, default=len(text))].lstrip("\r\n").rstrip()
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None, bundle: ChatModel) -> Iterator[None]:
-    """Inside the block random numbers follow `seed`; afterwards they go on as if nothing had happened."""
-    import torch
-
-    if seed is None:
-        yield
-        return
-    device = bundle.model.device
-    forked: dict[str, Any] = {"devices": []}
-    if device.type != "cpu":
-        forked = {"devices": [device], "device_type": device.type}
-    with torch.random.fork_rng(**forked):
-        torch.manual_seed(seed)
-        yield
-
-
-def _batches(encoded: list[list[int]], rooms: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts to answer together: like length, longest first, and equal room for the answer.
-
-    Longest first, so that a batch too large for the memory shows at once.
-    """
-    order = sorted(range(len(encoded)), key=lambda i: (-rooms[i], -len(encoded[i])))
-    for _, group in itertools.groupby(order, key=lambda i: rooms[i]):
-        indices = list(group)
-        for start in range(0, len(indices), batch_size):
-            yield indices[start : start + batch_size]
-
-
-def run(bundle: ChatModel, rows: list[list[int]], settings: GenerationConfig, streamer: Any = None) -> list[list[int]]:
-    """The new tokens for each row of prompt tokens, which are padded on the left to one length."""
-    import torch
-    from transformers import GenerationConfig
-
-    width = max(map(len, rows))
-    pad = settings.pad_token_id or 0  # any token: the mask hides it
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    model: Any = bundle.model
-    own = model.generation_config
-    model.generation_config = GenerationConfig()  # blank, or `generate` would fill what `settings` leaves out from it
-    try:
-        with torch.inference_mode():
-            out = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=settings,
-                tokenizer=bundle.tokenizer if settings.stop_strings else None,
-                streamer=streamer,
-            )
-    finally:
-        model.generation_config = own
-    return out[:, width:].tolist()
