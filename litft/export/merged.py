@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,19 +48,29 @@ class MergedWeights:
         adapter, leaf = self._adapter_of(name)
         if isinstance(adapter, TrainedCopy):
             return adapter.parameters_by_name()[leaf].detach()
-        if name in self._own:
-            base = self._own[name]
-        else:
-            base = _grown(self._stored[self._tied.get(name, name)].whole(), self.shapes[name])
+        base = self._base(name)
         if adapter is None or name not in self.changed:
             return base
-        parameter = nn.Parameter(base.float(), requires_grad=False)
-        kept = adapter.base_layer._parameters[leaf]
-        adapter.base_layer._parameters[leaf] = parameter
-        try:
+        with _holding(adapter.base_layer, {leaf: base}):
             return _updated(adapter, leaf)
-        finally:
-            adapter.base_layer._parameters[leaf] = kept
+
+    @contextmanager
+    def adapted(self, name: str) -> Iterator[LoRALinear | None]:
+        """The layer whose weight this is, in fp32 and with its adapter beside it; None for any other weight."""
+        adapter, leaf = self._adapter_of(name)
+        if not isinstance(adapter, LoRALinear) or leaf != "weight":
+            yield None
+            return
+        owner = name.removesuffix(leaf)
+        names = [leaf for leaf, parameter in adapter.base_layer.named_parameters() if parameter is not None]
+        with _holding(adapter.base_layer, {leaf: self._base(owner + leaf) for leaf in names}):
+            yield adapter
+
+    def _base(self, name: str) -> Tensor:
+        """A weight as it is without an adapter."""
+        if name in self._own:
+            return self._own[name]
+        return _grown(self._stored[self._tied.get(name, name)].whole(), self.shapes[name])
 
     def _adapter_of(self, name: str) -> tuple[Adapter | None, str]:
         """The adapter around the module that owns a weight, and the weight's name in that module."""
@@ -69,6 +81,18 @@ class MergedWeights:
             owner, _, last = owner.rpartition(".")
             leaf = f"{last}.{leaf}"
         return None, name
+
+
+@contextmanager
+def _holding(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the context a module that has no memory holds these parameters, in fp32."""
+    kept = {name: module._parameters[name] for name in values}
+    for name, value in values.items():
+        module._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters.update(kept)
 
 
 def _updated(adapter: Adapter, leaf: str) -> Tensor:

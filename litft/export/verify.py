@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from litft.engine.room import host_memory_left
 from litft.errors import Failed
 from litft.models.quiet import quiet
+from litft.models.stored import stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,17 +47,25 @@ class Check:
             (their sum rounded as the folder's weights are).
         rounding: largest difference of fp32 logits that rounding the weights made; 0 where nothing was rounded.
         divergence: what rounding did to the predictions, as KL divergence in nats a token.
-        modules: number of modules compared one by one, where the model was too large for logits.
+        weights: number of weights compared one by one, where the model was too large for logits.
+        modules: number of adapted layers compared one by one then.
     """
 
     tokens: int = 0
     difference: float = 0.0
     rounding: float = 0.0
     divergence: float = 0.0
+    weights: int = 0
     modules: int = 0
 
     def lines(self) -> list[str]:
         """For the user."""
+        if not self.tokens:
+            what = "checked: every weight read again, bit for bit" if self.weights else "not checked"
+            if self.modules:
+                what += f"; {self.modules} adapted layers answer random inputs as with the adapter beside them"
+                what += f" within {self.difference:.1g}"
+            return [f"{what} (the model in fp32 has no room in memory here, so logits were not compared)"]
         said = [
             f"checked: read again by transformers, its fp32 logits at {self.tokens} tokens are those of the model"
             f" within {self.difference:.1g}"
@@ -78,7 +89,8 @@ def verify(
     """Compare a folder's answers with those of the base with its adapter beside it; both in fp32, one after the other.
 
     The live model answers unmerged, then merged in memory, then with its weights rounded as the folder's are. Merging
-    may move nothing, and the folder, read by plain transformers, has to be the last of them.
+    may move nothing, and the folder, read by plain transformers, has to be the last of them. Where one fp32 model has
+    no room in memory, weights and adapted layers are compared one by one.
 
     Args:
         source: that the folder was made from.
@@ -102,6 +114,8 @@ def verify(
     from litft.tuners import LoRA
 
     code: Any = {"trust_remote_code": trust_remote_code}
+    if not fits(folder):
+        return Check() if weights is None else _one_by_one(weights, folder, dtype)
     model = load_model(source, dtype=torch.float32, **code).eval()
     lora = None
     if source.adapter is not None:
@@ -129,9 +143,35 @@ def verify(
     found = _answers(again.eval(), batches)
     progress(1)
     difference = _compare(expected if dtype != torch.float32 else live, found, "what was written")
-    rounding = 0.0 if dtype == torch.float32 else (live - expected).abs().max().item()
+    if dtype == torch.float32:
+        return Check(len(live), difference)
     divergence = F.kl_div(expected.log_softmax(-1), live.log_softmax(-1), reduction="sum", log_target=True)
-    return Check(len(live), difference, rounding, divergence.item() / len(live))
+    return Check(len(live), difference, (live - expected).abs().max().item(), divergence.item() / len(live))
+
+
+def fits(folder: Path) -> bool:
+    """Whether the model in a folder has room in memory in fp32, with its logits on what `probes` gives."""
+    elements = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
+    return host_memory_left() > 4 * elements * 1.25 + 2e9
+
+
+def _one_by_one(weights: MergedWeights, folder: Path, dtype: torch.dtype) -> Check:
+    """As `verify`, in the memory that the largest weight takes a few times."""
+    written = stored_tensors(folder)
+    generator = torch.Generator().manual_seed(0)
+    difference, modules = 0.0, 0
+    for name in weights.shapes:
+        merged = weights.read(name)
+        if not torch.equal(written[name].whole(), merged.to(dtype)):
+            raise Failed(f"{name} was not written as it was computed\nnothing was written; is the disk in order?")
+        with weights.adapted(name) as layer:
+            if layer is not None:
+                x = torch.randn(8, layer.lora_A.shape[1], generator=generator)
+                plain = merged.T if layer.transposes else merged
+                bias: Any = layer.base_layer.bias
+                difference = max(difference, _compare(layer(x), F.linear(x, plain, bias), f"merging {name}"))
+                modules += 1
+    return Check(difference=difference, weights=len(weights.shapes), modules=modules)
 
 
 def probes(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Tensor]:
