@@ -16,6 +16,7 @@ PATTERNS = {
     "number": r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)",
 }
 """Named patterns: the number behind GSM8K's `####` (Cobbe et al. 2021), and the last number of any text."""
+CHRF_ORDER = 6
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -78,7 +79,8 @@ def scores(
     Returns:
         By name, fp64 [rows]: `exact_match` (of `normalised` texts), one figure a pattern, `rouge1`, `rouge2`, `rougeL`
         (F-measures of words, as the rouge_score package and torchmetrics have them: only a to z and digits are words)
-        and `chrf` (Popović 2015, character 6-grams, a sentence at a time). NaN where a row can't be scored: the
+        and `chrf` (Popović 2015: the mean F-measure of character 1- to 6-grams, of the lengths that the reference has;
+        a row at a time). NaN where a row can't be scored: the
         reference has no match, or no such word.
     """
     from torchmetrics.functional.text import chrf_score, rouge_score
@@ -96,5 +98,7 @@ def scores(
             measured = rouge_score(answer, reference, rouge_keys=ROUGE)
             rouge[i] = [float(measured[f"{key}_fmeasure"]) for key in ROUGE]
     found |= dict(zip(ROUGE, rouge.T, strict=True))
-    _, each = chrf_score(answers, [[r] for r in references], n_word_order=0, return_sentence_level_score=True)
-    return found | {"chrf": each.double().numpy()}
+    wanted_texts = [[reference] for reference in references]
+    _, each = chrf_score(answers, wanted_texts, CHRF_ORDER, n_word_order=0, return_sentence_level_score=True)
+    orders = np.array([min(CHRF_ORDER, len("".join(reference.split()))) for reference in references])
+    return found | {"chrf": each.double().numpy() * CHRF_ORDER / orders}

@@ -77,7 +77,7 @@ def differences(
     pairs: dict[str, tuple[np.ndarray, ...]] = {}
     if used.any():
         nats = mine.nll[used], other.nll[used]
-        if mine.documents.same_ids(other.documents):
+        if mine.documents.same_tokens(other.documents):
             pairs["loss"] = *nats, mine.documents.trained[used]
         if sizes[used].sum():
             pairs["bits_per_byte"] = *nats, sizes[used] * math.log(2)

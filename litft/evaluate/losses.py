@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,15 +31,13 @@ class Documents:
 
     Attributes:
         rows: ids (int32) and mask of the trained tokens (bool), each [tokens]; the first token is never trained.
-        used: which rows have a loss, [rows]: they fit the length limit and can be encoded.
-        too_long: rows over the limit, which training leaves out too.
-        bad: rows that the chat template refuses.
+        used: which rows have a loss, [rows].
+        left_out: how many have none, by reason, as in training.
     """
 
     rows: list[Document]
     used: np.ndarray
-    too_long: int
-    bad: int
+    left_out: dict[str, int]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -50,10 +49,12 @@ class Documents:
         """Trained tokens of each row."""
         return np.array([int(mask.sum()) for _, mask in self.rows])
 
-    def same_ids(self, other: Documents) -> bool:
-        """Whether another model reads the same tokens and is scored on the same of them."""
+    def same_tokens(self, other: Documents) -> bool:
+        """Whether another model reads the same tokens and is scored on the same ones, in the rows that both use."""
         return all(
-            np.array_equal(a, c) and np.array_equal(b, d) for (a, b), (c, d) in zip(self.rows, other.rows, strict=True)
+            np.array_equal(mine, theirs)
+            for i in np.flatnonzero(self.used & other.used)
+            for mine, theirs in zip(self.rows[i], other.rows[i], strict=True)
         )
 
 
@@ -85,26 +86,25 @@ def encode(
 
     encoder = ChatEncoder(tokenizer, train_on=train_on, today=today)
     rows: list[Document] = []
-    used = np.ones(len(conversations), bool)
-    too_long = bad = 0
+    used = np.zeros(len(conversations), bool)
+    left_out: Counter[str] = Counter()
     for i, conversation in enumerate(conversations):
+        ids, mask = np.empty(0, np.int32), np.empty(0, bool)
         try:
             encoded = encoder(conversation)
+            ids, mask = np.array(encoded.ids, np.int32), np.array(encoded.trained, bool)
+            mask[:1] = False  # nothing precedes a row's first token, so nothing predicts it
         except DataError:
             if not skip_bad:
                 raise
-            used[i], bad = False, bad + 1
-            rows.append((np.empty(0, np.int32), np.empty(0, bool)))
+            left_out["refused by the chat template"] += 1
         else:
-            mask = np.array(encoded.trained, bool)
-            mask[:1] = False
-            rows.append((np.array(encoded.ids, np.int32), mask))
-            if len(encoded.ids) > max_length:
-                used[i], too_long = False, too_long + 1
-            elif not mask.any():
-                used[i] = False
+            used[i] = len(ids) <= max_length and mask.any()
+            if not used[i]:
+                left_out[f"longer than {max_length} tokens" if mask.any() else "nothing to train on"] += 1
+        rows.append((ids, mask))
         advance(1)
-    return Documents(rows, used, too_long, bad)
+    return Documents(rows, used, dict(left_out))
 
 
 def row_losses(bundle: ChatModel, documents: Documents, *, advance: Advance = lambda more: None) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -184,7 +185,7 @@ def _encode(candidate: Candidate, rows: EvalSet, settings: dict[str, Any], progr
             "mend: name a model that was fine-tuned on chats, or give rows of plain text"
         )
     with progress(f"encoding {rows.name}", len(rows.conversations), "rows") as advance:
-        return encode(
+        found = encode(
             rows.conversations,
             candidate.tokenizer,
             max_length=candidate.longest_row(settings["max_length"]),
@@ -193,6 +194,10 @@ def _encode(candidate: Candidate, rows: EvalSet, settings: dict[str, Any], progr
             skip_bad=settings["bad_rows"] == "skip",
             advance=advance,
         )
+    if not found.used.any():
+        reasons = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
+        raise UserError(f"{rows.file}: no row is left: {reasons}\nmend: raise --max_length, or take other rows")
+    return found
 
 
 def _to_ask(rows: EvalSet, read: list[Documents], candidates: list[Candidate], most: int | None) -> Asked:
@@ -251,20 +256,19 @@ def _measure(
 def _summary(rows: EvalSet, asked: Asked, models: list[Measured], sizes: np.ndarray, seed: int) -> dict[str, Any]:
     """What evaluation.json says of a set: the model's figures, the baseline's, and how they differ."""
     used = np.logical_and.reduce([m.documents.used for m in models])
-    left_out = {
-        "bad rows": rows.skipped + max(m.documents.bad for m in models),
-        "too long": max(m.documents.too_long for m in models),
-    }
+    left_out = Counter({"bad": rows.skipped})
+    for m in models:
+        left_out |= Counter(m.documents.left_out)  # the larger count of each reason
     found = {
         "file": rows.file,
         "content": rows.content[:12],
         "rows": int(used.sum()),
         "rows_answered": len(asked),
-        "left_out": {why: count for why, count in left_out.items() if count},
+        "left_out": dict(+left_out),
         **figures(models[0], used, sizes),
     }
     if len(models) > 1:
-        found["same_tokens"] = models[0].documents.same_ids(models[1].documents)
+        found["same_tokens"] = models[0].documents.same_tokens(models[1].documents)
         found["baseline"] = figures(models[1], used, sizes)
         found |= differences(models[0], models[1], used, sizes, seed)
     return found

@@ -6,8 +6,7 @@ from typing import Any
 
 WIDTH = 80
 _NAME, _COLUMN, _INTERVAL = 24, 11, 20
-_FIRST = ("loss", "perplexity", "bits_per_byte")
-_NOT_SHOWN = {"tokens", "total_tokens"}
+_SCORES = ("exact_match", "extracted", "rouge", "chrf")
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -16,9 +15,7 @@ def table(facts: dict[str, Any]) -> str:
     Args:
         facts: of an `Evaluation`.
     """
-    lines = [f"model     {facts['model']['name']}"] if facts.get("sets") or facts.get("tasks") else []
-    if "baseline" in facts:
-        lines.append(f"baseline  {facts['baseline']['name']}")
+    lines = [f"{role:<10}{_short(facts[role]['name'])}" for role in ("model", "baseline") if role in facts]
     for name, found in facts.get("sets", {}).items():
         lines += ["", *_set(name, found)]
     for name, found in facts.get("tasks", {}).items():
@@ -35,16 +32,10 @@ def _set(name: str, found: dict[str, Any]) -> list[str]:
     if not compared:
         lines.append("  the two read other tokens: compare bits_per_byte, not the loss of a token")
     lines.append(_heading(other is not None))
-    for key, value in _figures(found, other).items():
-        if key == "bits_per_byte" and compared:
-            continue
-        lines.append(_line(key, value, other and other.get(key), found))
+    scores = [key for key in found if key.startswith(_SCORES)]
+    for key in ("loss", "perplexity", *([] if compared else ["bits_per_byte"]), *scores):
+        lines.append(_line(key, found[key], other and other[key], found))
     return lines
-
-
-def _figures(found: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
-    scores = [key for key in found if key.startswith(("exact", "extracted", "rouge", "chrf"))]
-    return {key: found.get(key) for key in (*_FIRST, *scores)}
 
 
 def _task(name: str, found: dict[str, Any]) -> list[str]:
@@ -61,7 +52,7 @@ def _heading(compared: bool) -> str:
 
 
 def _line(key: str, value: float | None, other: float | None, found: dict[str, Any]) -> str:
-    line = f"  {key:<{_NAME - 2}}{_number(value):>{_COLUMN}}"
+    line = f"  {key[: _NAME - 2]:<{_NAME - 2}}{_number(value):>{_COLUMN}}"
     if "diff" not in found:
         return line
     line += f"{_number(other):>{_COLUMN}}"
@@ -70,6 +61,10 @@ def _line(key: str, value: float | None, other: float | None, found: dict[str, A
     if interval := found.get("ci95", {}).get(key):
         line += f"{f'{interval[0]:+.3f} .. {interval[1]:+.3f}':>{_INTERVAL}}"
     return line
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= WIDTH - 10 else f"...{name[-(WIDTH - 13) :]}"
 
 
 def _number(value: float | None) -> str:
