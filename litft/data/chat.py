@@ -7,9 +7,10 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from datetime import date as Day
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -21,7 +22,7 @@ from litft.data.conversation import Conversation
 from litft.data.dated import writes_date
 from litft.data.files import Row, named_files, read_rows
 from litft.data.layout import lay_out
-from litft.data.loader import MicroBatches, StepLoader, Steps, make_batch
+from litft.data.loader import Make, MicroBatches, StepLoader, Steps, Whole, make_batch
 from litft.data.plan import MICRO_BATCH, MicroBatch, Plan, default_tokens_per_step, epoch_order, run_counts
 from litft.data.progress import Progress
 from litft.data.prompts import beginnings
@@ -63,6 +64,9 @@ class ChatData(LightningDataModule):
         num_workers: processes that make batches; none on a CPU, 2 beside a GPU by default.
         revision: of data sets on the hub.
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ("chats",)
+    """Of rows, which a method asks for one of: `chats`, `pairs` or `labelled`."""
 
     def __init__(
         self,
@@ -155,6 +159,8 @@ class ChatData(LightningDataModule):
         Returns:
             Itself.
         """
+        if method.rows not in self.kinds:
+            raise TypeError(f"{type(method).__name__} is trained on {method.rows}: {type(self).__name__} has none")
         wanted = (method, self.run_seed, max_epochs, max_steps, ranks, rank, pin_memory)
         if self.plan is not None and wanted == self._prepared_for:
             return self
@@ -246,7 +252,7 @@ class ChatData(LightningDataModule):
         if epoch is None:
             epoch, start = plan.locate(self.trainer.global_step) if self.trainer else (0, 0)
         layout = functools.partial(plan.layout, epoch)
-        make = functools.partial(_make, self.selection.read, plan.packing, self._pad_id)
+        make = self.maker(self.selection)
         count, seed = len(plan.steps(epoch)), (plan.seed, epoch)
         steps = Steps(layout, self._rank, make, plan.lengths, plan.trained, count, seed)
         return StepLoader(steps, start or 0, self._workers(), self._pin)
@@ -257,9 +263,13 @@ class ChatData(LightningDataModule):
         found = []
         for rows in self.val_selections.values():
             packs = lay_out(np.arange(len(rows)), rows.lengths, plan.tokens_per_batch, plan.ranks, plan.packing)
-            make = functools.partial(_make, rows.read, plan.packing, self._pad_id)
-            found.append(StepLoader(MicroBatches(packs[self._rank], make), pin_memory=self._pin))
+            whole = Whole(np.arange(len(rows)), int(rows.trained.sum()))
+            found.append(StepLoader(MicroBatches(packs[self._rank], self.maker(rows), whole), pin_memory=self._pin))
         return found
+
+    def maker(self, rows: Selection) -> Make:
+        """What makes a micro-batch of some of these rows."""
+        return functools.partial(_make, rows.documents, self._planned().packing, self._pad_id)
 
     @property
     def val_names(self) -> list[str]:
@@ -317,9 +327,16 @@ class ChatData(LightningDataModule):
 
     # ---- encoding
 
+    kind = "chats"
+
+    @property
+    def encode_row(self) -> Callable[[ChatEncoder, Row], tuple[Any, ...]]:
+        """Turns a row into its schema's name, its tokens and what precedes its first answer; picklable."""
+        return _encode
+
     def _stores(self, method: Any) -> tuple[list[TokenStore], dict[str, TokenStore]]:
         if self._encoded_for is not method:
-            self._encoded_for = method
+            self._encoded_for, self.kind = method, method.rows
             if self.chat_template or any(map(self._is_chat, [*self.train_files, *self.val_files.values()])):
                 self._give_template(method)
             tokenizer = method.tokenizer
@@ -357,6 +374,7 @@ class ChatData(LightningDataModule):
             encoder.fingerprint,
             self.bad_rows,
             self.date,
+            self.kind,
             tokens.code_hash(),
         )
         size = path.stat().st_size if local and path.is_file() else 0
@@ -367,7 +385,7 @@ class ChatData(LightningDataModule):
         with FileLock(lock), Progress(f"encoding {path.name}") as advance:
             store = tokens.encode_file(
                 lambda: read_rows(source, revision=self.revision),
-                functools.partial(_encode, encoder),
+                functools.partial(self.encode_row, encoder),
                 folder,
                 file=source,
                 skip_bad=self.bad_rows == "skip",
@@ -403,10 +421,10 @@ def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Any, str]:
     if row.error is not None:
         raise row.error
     conversation = to_conversation(row.value, row.file, row.line)
-    return schema_of(row.value), encoder(conversation), _prompt(conversation)
+    return schema_of(row.value), encoder(conversation), prompt_of(conversation)
 
 
-def _prompt(conversation: Conversation) -> str:
+def prompt_of(conversation: Conversation) -> str:
     """What precedes the first answer, whatever is trained: rows that share it stay on one side of the split."""
     if conversation.text is not None:
         return conversation.text
@@ -415,5 +433,5 @@ def _prompt(conversation: Conversation) -> str:
     return json.dumps([messages[:end] or messages, conversation.tools], sort_keys=True)
 
 
-def _make(read: Any, packing: bool, pad_id: int, rows: np.ndarray, denominator: float, spare: int) -> Batch:
-    return make_batch(rows, read, denominator, packing, pad_id, spare)
+def _make(read: Any, packing: bool, pad_id: int, rows: np.ndarray, whole: Whole) -> Batch:
+    return make_batch(rows, read, whole, packing, pad_id)

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,24 +22,49 @@ Step = dict[str, Any]
 """`micro_batches` and `seed` (this rank's), and over all ranks: `tokens`, `trained`, `rows` (ids of the rows in it)."""
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What micro-batches are parts of: an optimizer step, or a validation set.
+
+    Attributes:
+        rows: of all ranks.
+        trained: their trained tokens.
+        ranks: that share them.
+    """
+
+    rows: np.ndarray
+    trained: int
+    ranks: int = 1
+
+
+Make = Callable[[np.ndarray, Whole], Batch]
+"""Rows, and what they are a part of, to a micro-batch."""
+
+
 def make_batch(
-    rows: np.ndarray, read: Callable[[int], Document], denominator: float, packing: bool, pad_id: int, spare: int
+    rows: np.ndarray, read: Callable[[int], list[Document]], whole: Whole, packing: bool, pad_id: int
 ) -> Batch:
-    """One micro-batch of these rows.
+    """One micro-batch of these rows: what `litft.data.batch` makes of their documents, and two numbers.
+
+    `rows` says how many there are, `row_denominator` is to a loss that is a mean over rows what `denominator` is to one
+    over tokens. Each rank's gradient is averaged over the ranks, so every rank divides by its share of the whole's count.
 
     A rank that has no row left still takes part in every forward and backward pass (the others wait for it): it is
-    given the `spare` row with nothing to train on.
+    given a row of the whole with nothing to train on.
     """
-    documents = [read(int(row)) for row in rows]
+    documents = [document for row in rows for document in read(int(row))]
     if not documents:
-        ids, trained = read(spare)
+        ids, trained = read(int(whole.rows[0]))[0]
         documents = [(ids[:8], np.zeros_like(trained[:8]))]
+    denominator = whole.trained / whole.ranks
     if packing:
         batch = pack_documents(documents, denominator, SLOTS, pad_id)
     else:
         batch = pad_documents(documents, denominator, pad_id)
     if not len(rows):
         batch["tokens"] = 0
+    batch["rows"] = len(rows)
+    batch["row_denominator"] = torch.tensor(len(whole.rows) / whole.ranks, dtype=torch.float32)
     return batch
 
 
@@ -48,7 +74,7 @@ class Steps(Dataset):
     Args:
         layout: index -> `[rank][micro-batch]` rows.
         rank: whose micro-batches are made.
-        make: rows, denominator and spare row -> micro-batch.
+        make: of a micro-batch.
         lengths: tokens of each row.
         trained: trained tokens of each row.
         count: number of steps.
@@ -59,7 +85,7 @@ class Steps(Dataset):
         self,
         layout: Callable[[int], list[list[np.ndarray]]],
         rank: int,
-        make: Callable[[np.ndarray, float, int], Batch],
+        make: Make,
         lengths: np.ndarray,
         trained: np.ndarray,
         count: int,
@@ -75,10 +101,9 @@ class Steps(Dataset):
         shares = self.layout(index)
         rows = np.concatenate([pack for share in shares for pack in share])
         trained = int(self.trained[rows].sum())
-        # each rank's gradient is averaged over the ranks, so every rank divides by its share of the step's count
-        denominator = trained / len(shares)
+        whole = Whole(rows, trained, len(shares))
         return {
-            "micro_batches": [self.make(pack, denominator, int(rows[0])) for pack in shares[self.rank]],
+            "micro_batches": [self.make(pack, whole) for pack in shares[self.rank]],
             "tokens": int(self.lengths[rows].sum()),
             "trained": trained,
             "rows": rows.tolist(),
@@ -91,17 +116,18 @@ class MicroBatches(Dataset):
 
     Args:
         packs: rows of each.
-        make: rows, denominator and spare row -> micro-batch.
+        make: of a micro-batch.
+        whole: all of the set.
     """
 
-    def __init__(self, packs: list[np.ndarray], make: Callable[[np.ndarray, float, int], Batch]) -> None:
-        self.packs, self.make = packs, make
+    def __init__(self, packs: list[np.ndarray], make: Make, whole: Whole) -> None:
+        self.packs, self.make, self.whole = packs, make, whole
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.make(self.packs[index], 1.0, 0)
+        return self.make(self.packs[index], self.whole)
 
 
 def leave_signals_to_parent(worker: int) -> None:

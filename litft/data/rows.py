@@ -21,7 +21,7 @@ stand as their JSON text, as tables keep them. In messages:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from litft.data.conversation import Conversation, Message
@@ -48,21 +48,31 @@ def to_conversation(value: Any, file: str | None = None, line: int | None = None
     Raises:
         DataError: what is wrong with it and how to mend it, or that it is for another method.
     """
-    try:
-        conversation = _convert(value)
-    except DataError as error:
-        raise DataError(error.what, file=file, line=line, mend=error.mend, snippet=error.snippet) from None
-    except RecursionError:
-        raise DataError("nested too deeply", file=file, line=line, mend="flatten the row") from None
+    conversation: Conversation = located(convert_chat, value, file, line)
     conversation.file, conversation.line = file or "", line or 0
     return conversation
 
 
-def _convert(value: Any) -> Conversation:
+def located(convert: Callable[[Any], Any], value: Any, file: str | None, line: int | None) -> Any:
+    """What `convert` makes of a row, its errors with file and line."""
+    try:
+        return convert(value)
+    except DataError as error:
+        raise DataError(error.what, file=file, line=line, mend=error.mend, snippet=error.snippet) from None
+    except RecursionError:
+        raise DataError("nested too deeply", file=file, line=line, mend="flatten the row") from None
+
+
+def convert_chat(value: Any) -> Conversation:
+    """A row of a chat, or of text, without file and line.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
     schema = schema_of(value)
     if schema in METHODS:
         mend = f"fine-tune with {METHODS[schema]}, or give a file of messages"
-        raise DataError(f"{schema} row (for {METHODS[schema]}), not for fine-tuning", mend=mend)
+        raise DataError(f"{schema} row (for {METHODS[schema]}), not for fine-tuning: it lacks messages", mend=mend)
     if schema == "unknown":
         raise _unknown(value)
     row: dict[str, Any] = value if isinstance(value, dict) else {"messages": value}
@@ -186,7 +196,7 @@ class Check:
     Attributes:
         rows: rows looked at so far.
         bad: bad ones among them.
-        schemas: good ones by form; rows for preference methods are good here.
+        schemas: good ones by form.
     """
 
     def __init__(self, source: str, *, revision: str | None = None, progress: Progress | None = None) -> None:
@@ -195,6 +205,8 @@ class Check:
         self._rows = read_rows(source, revision=revision, progress=progress)
 
     def __iter__(self) -> Iterator[DataError]:
+        from litft.data.preferences import to_labelled, to_pair  # which read rows of chats, too
+
         while True:
             try:
                 row = next(self._rows, None)
@@ -203,8 +215,7 @@ class Check:
                 if row.error:
                     raise row.error
                 schema = schema_of(row.value)
-                if schema not in METHODS:
-                    to_conversation(row.value, row.file, row.line)
+                {"preference": to_pair, "kto": to_labelled}.get(schema, to_conversation)(row.value, row.file, row.line)
                 self.schemas[schema] += 1
             except DataError as error:  # of the row, or of a file that breaks off: then there is no next one
                 self.rows, self.bad = self.rows + 1, self.bad + 1

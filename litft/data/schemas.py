@@ -20,6 +20,13 @@ REQUIRED = {
 METHODS = {"preference": "dpo", "kto": "kto"}
 """Forms that are not for plain fine-tuning, and a method that they are for."""
 
+FOR = {
+    **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt-completion", "text"), "full, lora, qlora, distill"),
+    "preference": "dpo, orpo, simpo, cpo, reward",
+    "kto": "kto",
+}
+"""What each form is for."""
+
 _USUAL = {
     "prompt": ("question", "query", "input", "user"),
     "instruction": ("task",),

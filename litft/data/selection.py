@@ -25,9 +25,9 @@ class Selection:
         stores: where the rows lie.
         file_of_row: index into `stores`, [rows].
         row_of_file: index within its store, [rows].
-        lengths: tokens of each row, after cutting.
+        lengths: tokens of each row, after cutting; of all its documents together.
         trained: trained tokens of each row, after cutting.
-        max_length: where rows are cut.
+        max_length: where documents are cut.
         cut: which rows were, bool [rows].
         dropped: how many rows of the files were left out, by reason.
     """
@@ -49,9 +49,19 @@ class Selection:
         """How many rows were cut."""
         return int(self.cut.sum())
 
+    def documents(self, row: int) -> list[Document]:
+        """Ids and mask of each document of a row."""
+        store, index = self.stores[self.file_of_row[row]], int(self.row_of_file[row])
+        first = index * store.documents
+        return [store.document(i, self.max_length) for i in range(first, first + store.documents)]
+
     def read(self, row: int) -> Document:
-        """Ids and mask of a row."""
-        return self.stores[self.file_of_row[row]].row(int(self.row_of_file[row]), self.max_length)
+        """Ids and mask of a row's first document."""
+        return self.documents(row)[0]
+
+    def value(self, row: int) -> float:
+        """The number that a row brings."""
+        return float(self.stores[self.file_of_row[row]].values[self.row_of_file[row]])
 
     def name(self, row: int) -> str:
         """`file:line` of a row."""
@@ -86,39 +96,40 @@ def select(
 
     Args:
         stores: the encoded files.
-        max_length: longest row in tokens.
-        overlong: what happens to longer ones.
+        max_length: longest document in tokens.
+        overlong: what happens to rows with longer ones.
         name: of the set, for messages.
 
     Raises:
         DataError: for an overlong row where those are errors.
         UserError: where no row is left.
     """
-    whole = np.concatenate([store.lengths for store in stores])
+    each = stores[0].documents
+    whole = np.concatenate([store.lengths for store in stores]).reshape(-1, each)
     file_of_row = np.repeat(np.arange(len(stores)), [len(store) for store in stores])
     row_of_file = np.concatenate([np.arange(len(store)) for store in stores])
-    over = whole > max_length
+    over = (whole > max_length).any(1)
     if overlong == "error" and over.any():
         first = int(over.argmax())
         store = stores[file_of_row[first]]
         raise DataError(
-            f"{int(whole[first])} tokens, over the limit of {max_length}",
+            f"{int(whole[first].max())} tokens, over the limit of {max_length}",
             file=store.file,
             line=int(store.lines[row_of_file[first]]),
             mend="raise --data.max_length, or set --data.overlong drop or truncate",
         )
-    lengths = np.minimum(whole, max_length)
-    trained = np.concatenate([store.trained_counts(max_length) for store in stores])
+    lengths = np.minimum(whole, max_length).sum(1)
+    trained = np.concatenate([store.trained_counts(max_length) for store in stores]).reshape(-1, each)
     dropped: Counter[str] = Counter()
     keep = np.ones(len(whole), bool)
     if overlong == "drop":
         keep &= ~over
         dropped[f"longer than {max_length} tokens"] = int(over.sum())
-    nothing = keep & (trained == 0)
+    nothing = keep & (trained == 0).any(1)
     dropped["nothing to train on within the limit"] = int(nothing.sum())
     keep &= ~nothing
     dropped[BAD_ROWS] = sum(store.bad for store in stores)
-    everything = Selection(stores, file_of_row, row_of_file, lengths, trained, max_length, over)
+    everything = Selection(stores, file_of_row, row_of_file, lengths, trained.sum(1), max_length, over)
     chosen = everything.take(keep)
     chosen.dropped = {reason: count for reason, count in dropped.items() if count}
     if not len(chosen):

@@ -32,20 +32,22 @@ PARALLEL_FROM = 4_000_000  # bytes of data from which worker processes earn thei
 
 @dataclass
 class TokenStore:
-    """The encoded rows of one data file.
+    """The encoded rows of one data file; a row is one document, or several that belong together (a pair of answers).
 
     Attributes:
-        ids: token ids of all rows end to end, int32 [tokens].
-        trained: which of them are trained, bool [tokens]; never the first of a row.
-        offsets: where each row begins and the last ends, int64 [rows + 1].
+        ids: token ids of all documents end to end, int32 [tokens].
+        trained: which of them are trained, bool [tokens]; never the first of a document.
+        offsets: where each document begins and the last ends, int64 [documents + 1].
         lines: 1-based line or row number in the file, int64 [rows].
         prompts: hash of what precedes the first answer, uint64 [rows]; equal prompts have equal hashes.
+        values: a number that a row brings, fp32 [rows]: the label of an answer, the margin of a pair; else 0.
         schemas: how many rows of each form were read.
         skipped: the messages of rows left out as bad, at most `LISTED`.
         bad: how many were left out.
         notes: in how many rows the chat template left something out by its own rules, by what.
         file: where the rows came from.
-        digest: hash of all ids and masks.
+        digest: hash of all ids, masks and numbers.
+        documents: in a row.
     """
 
     ids: np.ndarray
@@ -53,31 +55,33 @@ class TokenStore:
     offsets: np.ndarray
     lines: np.ndarray
     prompts: np.ndarray
+    values: np.ndarray
     file: str
     schemas: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     bad: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     digest: str = ""
+    documents: int = 1
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
+        """Tokens of each document."""
         return np.diff(self.offsets)
 
-    def row(self, index: int, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of a row, cut at `max_length`."""
+    def document(self, index: int, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of a document, cut at `max_length`."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         end = min(end, start + max_length) if max_length else end
         return self.ids[start:end], self.trained[start:end]
 
     def trained_counts(self, max_length: int | None = None) -> np.ndarray:
-        """Trained tokens of each row, of its first `max_length` tokens."""
-        counts = np.empty(len(self), np.int64)
-        for first in range(0, len(self), ROWS_AT_ONCE):
+        """Trained tokens of each document, of its first `max_length` tokens."""
+        counts = np.empty(len(self.offsets) - 1, np.int64)
+        for first in range(0, len(counts), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
             starts, ends = self.offsets[:-1][some], self.offsets[1:][some]
             total = np.concatenate([[0], np.cumsum(self.trained[starts[0] : ends[-1]], dtype=np.int64)])
@@ -101,7 +105,7 @@ def open_store(folder: Path, file: str) -> TokenStore:
         Damaged: it is cut short, say, or was tampered with; nothing that could run is unpickled.
     """
     kinds: dict[str, Any] = {"ids": np.int32, "trained": np.bool_, "offsets": np.int64, "lines": np.int64}
-    kinds["prompts"] = np.uint64
+    kinds |= {"prompts": np.uint64, "values": np.float32}
     mapped = ("ids", "trained")
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -110,10 +114,10 @@ def open_store(folder: Path, file: str) -> TokenStore:
             for name in kinds
         }
         store = TokenStore(**arrays, **meta, file=file)
-        rows, count = len(store), len(store.ids)
+        rows, count, documents = len(store), len(store.ids), len(store) * int(store.documents)
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise Damaged(folder, error) from None
-    sizes = {"ids": count, "trained": count, "offsets": rows + 1, "lines": rows, "prompts": rows}
+    sizes = {"ids": count, "trained": count, "offsets": documents + 1, "lines": rows, "prompts": rows, "values": rows}
     for name, array in arrays.items():
         if array.dtype != kinds[name] or array.shape != (sizes[name],):
             raise Damaged(folder, f"{name}.npy is of another form")
@@ -136,8 +140,9 @@ def encode_file(
 
     Args:
         rows: gives the rows afresh.
-        encode: a row to its schema name, its `Encoded` and, where the rows may be split, what precedes the first answer
-            as text; raises `DataError` for a bad row. Picklable.
+        encode: a row to its schema name, its `Encoded` (or several, equally many for each row) and, where the rows may
+            be split, what precedes the first answer as text, and the row's number; raises `DataError` for a bad row.
+            Picklable.
         folder: where the store lies or shall lie; complete or absent, two processes may write it at once.
         file: name of the data for messages.
         skip_bad: leave bad rows out, counted, instead of raising.
@@ -167,7 +172,7 @@ def encode_file(
 
 
 def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callable[[int], None]) -> None:
-    offsets, lines, prompts = [0], [], []
+    offsets, lines, prompts, values, each = [0], [], [], [], 1
     schemas: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     skipped: list[str] = []
@@ -183,20 +188,25 @@ def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callabl
                 if len(skipped) < LISTED:
                     skipped.append(str(result).partition("\n")[0])
                 continue
-            schema, line, ids, trained, prompt, said = result
+            schema, line, documents, prompt, value, said = result
             schemas[schema] += 1
             notes.update(said)
-            ids_out.append(ids)
-            trained_out.append(trained)
-            offsets.append(offsets[-1] + len(ids))
+            for ids, trained in documents:
+                ids_out.append(ids)
+                trained_out.append(trained)
+                offsets.append(offsets[-1] + len(ids))
+                digest.update(ids.tobytes() + trained.tobytes())
+            each = len(documents)
             lines.append(line)
             prompts.append(prompt)
-            digest.update(ids.tobytes() + trained.tobytes())
+            values.append(value)
+    digest.update(np.array(values, np.float32).tobytes() if any(values) else b"")
     np.save(work / "offsets.npy", np.array(offsets, np.int64))
     np.save(work / "lines.npy", np.array(lines, np.int64))
     np.save(work / "prompts.npy", np.array(prompts, np.uint64))
+    np.save(work / "values.npy", np.array(values, np.float32))
     counts = {"schemas": dict(schemas), "skipped": skipped, "bad": bad, "notes": dict(notes)}
-    meta = counts | {"digest": digest.hexdigest()}
+    meta = counts | {"digest": digest.hexdigest(), "documents": each}
     (work / "meta.json").write_text(json.dumps(meta))
 
 
@@ -226,7 +236,7 @@ class _Growing:
 
 
 def _results(rows: Iterable[Any], encode: Callable[[Any], tuple[Any, ...]], workers: int) -> Iterator[Any]:
-    """Each row's `(schema, line, ids, trained, hash of the prompt, notes)` or its DataError, in order."""
+    """Each row's `(schema, line, documents, hash of the prompt, number, notes)` or its DataError, in order."""
     if workers <= 1:
         for row in rows:
             yield _encode_one(encode, row)
@@ -268,15 +278,19 @@ def _encode_chunk(rows: list[Any]) -> list[Any]:
 
 def _encode_one(encode: Callable[[Any], tuple[Any, ...]], row: Any) -> Any:
     try:
-        schema, encoded, *prompt = encode(row)
+        schema, encoded, *more = encode(row)
     except DataError as error:
         return error
-    trained = np.array(encoded.trained, np.bool_)
-    trained[:1] = False  # nothing precedes a document's first token, so nothing predicts it
-    ids = np.array(encoded.ids, np.int32)
-    content = prompt[0].encode("utf-8", "surrogatepass") if prompt else ids.tobytes()
+    several = encoded if isinstance(encoded, list) else [encoded]
+    documents = []
+    for one in several:
+        trained = np.array(one.trained, np.bool_)
+        trained[:1] = False  # nothing precedes a document's first token, so nothing predicts it
+        documents.append((np.array(one.ids, np.int32), trained))
+    content = more[0].encode("utf-8", "surrogatepass") if more else documents[0][0].tobytes()
     key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    return schema, row.line, ids, trained, key, encoded.notes
+    notes = dict.fromkeys(note for one in several for note in one.notes)
+    return schema, row.line, documents, key, more[1] if len(more) > 1 else 0.0, tuple(notes)
 
 
 def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:

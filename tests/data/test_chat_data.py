@@ -241,7 +241,7 @@ def test_a_store_reopens_as_it_was_written(tmp_path: Path) -> None:
     for index, row in enumerate(chat_rows(9)):
         text = row["messages"][-1]["content"]
         for store in (written, opened):
-            ids, trained = store.row(index)
+            ids, trained = store.document(index)
             assert ids.tolist() == [ord(c) % 384 for c in text] and trained.tolist() == [False] + [True] * (
                 len(text) - 1
             )
@@ -254,7 +254,7 @@ def test_trained_counts_over_many_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     for block in (1, 7, 100, 4096):
         monkeypatch.setattr(tokens, "ROWS_AT_ONCE", block)
         for cut in (None, 1, 9, 10**6):
-            assert store.trained_counts(cut).tolist() == [int(store.row(i, cut)[1].sum()) for i in range(100)]
+            assert store.trained_counts(cut).tolist() == [int(store.document(i, cut)[1].sum()) for i in range(100)]
 
 
 def test_what_the_template_leaves_out_is_counted_and_said(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:

@@ -408,10 +408,10 @@ BAD = [  # a row, and what is said of it
     ({"text": "\udc00"}, "lone surrogate in text"),
     (
         {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "preference row (for dpo), not for fine-tuning; fine-tune with dpo",
+        "preference row (for dpo), not for fine-tuning: it lacks messages; fine-tune with dpo",
     ),
     ({"conversations": [], "chosen": USER, "rejected": USER}, "preference row (for dpo), not for fine-tuning"),
-    (chat(USER, ANSWER, label=False), "kto row (for kto), not for fine-tuning; fine-tune with kto"),
+    (chat(USER, ANSWER, label=False), "kto row (for kto), not for fine-tuning: it lacks messages; fine-tune with kto"),
     ({"prompt": "a", "completion": "b", "label": "True"}, "kto row (for kto), not for fine-tuning"),
 ]
 

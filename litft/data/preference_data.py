@@ -1,0 +1,152 @@
+"""`PreferenceData`: pairs of answers, or labelled ones, planned and packed as chats are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from litft.data.batch import Batch, Document, pack_documents, pad_documents
+from litft.data.chat import ChatData, prompt_of
+from litft.data.conversation import Conversation
+from litft.data.files import Row, read_rows
+from litft.data.loader import SLOTS, Make, Whole, make_batch
+from litft.data.preferences import to_labelled, to_pair
+from litft.data.rows import schema_of
+from litft.data.selection import Selection
+from litft.data.template import ChatEncoder, Encoded
+from litft.errors import UserError
+
+
+class PreferenceData(ChatData):
+    """Rows of `litft.data.preferences`. The two documents of a pair stay together, whatever is packed with them.
+
+    A limit on length holds for each document of a pair, prompt included; a row whose answer would be cut away is left
+    out, both of a pair.
+
+    Args:
+        train: as for `ChatData`, like all others.
+        options: of `ChatData`; `train_on` is none of them, since what is trained is the answer.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("pairs", "labelled")
+
+    def __init__(self, train: str | list[str], **options: Any) -> None:
+        super().__init__(train, **options)
+        if self.train_on != "assistant":
+            raise UserError("--data.train_on: of preference rows the answers are trained; leave it out")
+
+    @property
+    def encode_row(self) -> Callable[[ChatEncoder, Row], tuple[Any, ...]]:
+        """Turns a row into its documents."""
+        return _ENCODERS[self.kind]
+
+    def maker(self, rows: Selection) -> Make:
+        """What makes a micro-batch; beside the documents it has the numbers that the rows bring."""
+        make = functools.partial(_make, rows, self._planned().packing, self._pad_id)
+        return functools.partial(_with_mismatched, make, rows, self._pad_id) if self.kind == "labelled" else make
+
+    def held_out_prompts(self, count: int) -> list[Conversation]:
+        """The beginnings, up to the answer, of some rows of the first validation set."""
+        rows = next(iter(self.val_selections.values()), None)
+        if rows is None or not count or not len(rows):
+            return []
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
+        found = []
+        for index, store in enumerate(rows.stores):
+            at = rows.row_of_file[chosen[rows.file_of_row[chosen] == index]]
+            lines = set(store.lines[at].tolist())
+            for row in read_rows(store.file, revision=self.revision) if lines else ():
+                if row.line in lines and row.error is None:
+                    found.append(_beginning(_CONVERSATIONS[self.kind](row.value)))
+        return found[:count]
+
+
+def _beginning(conversation: Conversation) -> Conversation:
+    """What precedes the first message that is trained."""
+    messages, flags = conversation.messages, conversation.train
+    end = next(i for i, m in enumerate(messages) if m["role"] == "assistant" and flags[i] is not False)
+    return Conversation(messages[:end], flags[:end], conversation.tools)
+
+
+_CONVERSATIONS: dict[str, Callable[[Any], Conversation]] = {
+    "pairs": lambda value: to_pair(value).chosen,
+    "labelled": lambda value: to_labelled(value).conversation,
+}
+
+
+def encode_pair(encoder: ChatEncoder, row: Row) -> tuple[str, list[Encoded], str, float]:
+    """The two documents of a row with `chosen` and `rejected`, what precedes the answers, and the margin.
+
+    Raises:
+        DataError: the row is bad.
+    """
+    if row.error is not None:
+        raise row.error
+    pair = to_pair(row.value, row.file, row.line)
+    documents = [encoder(pair.chosen), encoder(pair.rejected)]
+    return schema_of(row.value), documents, prompt_of(_beginning(pair.chosen)), pair.margin
+
+
+def encode_labelled(encoder: ChatEncoder, row: Row) -> tuple[str, Encoded, str, float]:
+    """The document of a row with a `label`, what precedes the answer, and the label as 1 or 0.
+
+    Raises:
+        DataError: the row is bad.
+    """
+    if row.error is not None:
+        raise row.error
+    labelled = to_labelled(row.value, row.file, row.line)
+    conversation = labelled.conversation
+    return schema_of(row.value), encoder(conversation), prompt_of(_beginning(conversation)), float(labelled.label)
+
+
+_ENCODERS: dict[str, Callable[[ChatEncoder, Row], tuple[Any, ...]]] = {
+    "pairs": encode_pair,
+    "labelled": encode_labelled,
+}
+
+
+def _make(rows: Selection, packing: bool, pad_id: int, some: np.ndarray, whole: Whole) -> Batch:
+    batch = make_batch(some, rows.documents, whole, packing, pad_id)
+    return batch | {"values": torch.tensor([rows.value(int(row)) for row in some], dtype=torch.float32)}
+
+
+def _with_mismatched(make: Make, rows: Selection, pad_id: int, some: np.ndarray, whole: Whole) -> Batch:
+    """A micro-batch, and under `mismatched` one of the same prompts with the answers of other rows.
+
+    Of the rows of a step (or of a validation set), in the order of the file, each prompt gets the answer of the row
+    before it, whatever micro-batch or rank that is in; the only row of a step gets that of another step's.
+    """
+    batch = make(some, whole)
+    before = answers_of_others(whole.rows, len(rows))
+    documents = [mismatched(rows.read(int(row)), rows.read(before[int(row)]), rows.max_length) for row in some]
+    if not documents:
+        documents = [(np.zeros(8, np.int64), np.zeros(8, bool))]
+    packing = "attention_mask" not in batch
+    made = pack_documents(documents, 1.0, SLOTS, pad_id) if packing else pad_documents(documents, 1.0, pad_id)
+    return batch | {"mismatched": made | {"rows": len(some)}}
+
+
+def answers_of_others(rows: np.ndarray, count: int) -> dict[int, int]:
+    """For each of these rows another one, whose answer its prompt gets.
+
+    Args:
+        rows: of a step; a row may be there twice.
+        count: of all rows.
+    """
+    order = np.unique(rows)
+    if len(order) == 1:
+        return {int(order[0]): int(order[0] - 1) % count}
+    return dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+
+
+def mismatched(asked: Document, answered: Document, max_length: int) -> Document:
+    """The prompt of one document and the answer of another, cut at `max_length`."""
+    (ids, trained), (others, answer) = asked, answered
+    begin, first = int(trained.argmax()), int(answer.argmax())
+    mask = np.concatenate([np.zeros(begin, bool), answer[first:]])
+    return np.concatenate([ids[:begin], others[first:]])[:max_length], mask[:max_length]
