@@ -8,6 +8,7 @@ from typing import Any
 from litft.report.gather import Run
 
 Pairs = list[tuple[str, str]]
+ABSENT = "-"
 
 
 def summary(run: Run) -> str:
@@ -49,7 +50,7 @@ def figures(run: Run) -> list[dict[str, str]]:
     if memory := _memory(run):
         found.append({"name": "peak memory", "value": f"{memory:.1f} GB", "note": ""})
     if "seconds" in facts:
-        steps = f"{facts.get('steps', 0):,} of {plan.get('steps', 0):,} steps"
+        steps = f"{_steps(run):,} of {plan.get('steps', 0):,} steps"
         found.append({"name": "time", "value": duration(facts["seconds"]), "note": steps})
     if "tokens" in plan:
         note = f"{plan['trained_tokens']:,} trained"
@@ -90,12 +91,13 @@ def timing(run: Run) -> Pairs:
     rows += [("weights in final/", f"{facts['final']}")] if facts.get("final") else []
     if facts.get("bad_steps"):
         rows.append(("bad steps", f"{facts['bad_steps']} with a non-finite loss or gradient, skipped"))
-    if "compiled_layers" in facts:
+    if facts.get("compiled_layers"):
         rows.append(("compiled layers", f"{facts['compiled_layers']}, made again {facts['recompilations']} times"))
     if facts.get("mfu"):
         rows.append(("MFU", f"{facts['mfu']:.0%} of the rate of one large product here"))
     if memory := facts.get("memory"):
-        rows += [(f"memory, {name.replace('_', ' ')}", _value(value)) for name, value in memory.items()]
+        rows.append(("memory predicted", f"{memory['predicted_gb']:.1f} GB of {memory['available_gb']:.1f}"))
+        rows.append(("recomputed", f"{memory['recompute']}; offloaded: {memory['offload']}"))
     return [*rows, ("command", " ".join(map(str, facts.get("command", []))))]
 
 
@@ -120,8 +122,8 @@ def results(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         rows.append((f"{label}, before", [_digits(before.get(name)) for before, _ in losses]))
         rows.append((f"{label}, after", [_digits(after.get(name)) for _, after in losses]))
     rows += [
-        ("steps", [f"{run.facts.get('steps', 0):,} of {run.plan.get('steps', 0):,}" for run in runs]),
-        ("tokens a second", [f"{run.facts.get('tokens_per_s') or 0:,.0f}" for run in runs]),
+        ("steps", [f"{_steps(run):,} of {run.plan.get('steps', 0):,}" for run in runs]),
+        ("tokens a second", [f"{speed:,.0f}" if (speed := run.facts.get("tokens_per_s")) else "-" for run in runs]),
         ("peak memory, GB", [f"{_memory(run):.2f}" for run in runs]),
         ("time", [duration(run.facts["seconds"]) if "seconds" in run.facts else "?" for run in runs]),
         ("device", [_devices(run) for run in runs]),
@@ -133,8 +135,9 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Keys of configuration, data and versions whose values aren't the same in all runs."""
     told = [_identity(run) for run in runs]
     keys = dict.fromkeys(key for one in told for key in one)
-    rows = [(key, [_value(one[key]) if key in one else "-" for one in told]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    rows = [(key, [_value(one[key]) if key in one else ABSENT for one in told]) for key in keys]
+    off = {ABSENT, "none", "false"}  # what one tuner doesn't have and the other doesn't use is no difference
+    return [(key, values) for key, values in rows if len(set(values)) > 1 and not set(values) <= off]
 
 
 def duration(seconds: float) -> str:
@@ -148,7 +151,8 @@ def duration(seconds: float) -> str:
 
 def _identity(run: Run) -> dict[str, Any]:
     facts = run.facts
-    found = run.settings() | {"precision": facts.get("precision"), "devices": facts.get("devices")}
+    found = {key.replace("init_args.", ""): value for key, value in run.settings().items()}
+    found |= {"precision": facts.get("precision"), "devices": facts.get("devices")}
     found |= {f"versions.{name}": version for name, version in (facts.get("versions") or {}).items()}
     found |= {f"fingerprints.{name}": text for name, text in (facts.get("fingerprints") or {}).items()}
     return found | {"git": (facts.get("git") or {}).get("commit", "none")[:12]}
@@ -156,6 +160,12 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     return run.facts.get("losses_before") or {}, run.facts.get("losses_after") or {}
+
+
+def _steps(run: Run) -> int:
+    """Made so far, by run.json or, where the run didn't end, by its records."""
+    records = run.metrics.get("loss") or [(0.0, 0.0)]
+    return int(run.facts.get("steps") or records[-1][0])
 
 
 def _memory(run: Run) -> float:
@@ -169,7 +179,7 @@ def _devices(run: Run) -> str:
 
 
 def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return ABSENT if value is None else f"{value:.4f}"
 
 
 def _value(value: Any) -> str:
