@@ -122,6 +122,8 @@ def evaluate(
     Raises:
         UserError: something is wrong with the arguments, the data or a model; before anything long begins.
     """
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: 0 (greedy) or more")
     patterns = scoring.patterns_of(extract)
     trained = training_settings(model).get("data") or {}
     settings: dict[str, Any] = {
@@ -134,7 +136,7 @@ def evaluate(
         "seed": seed,
         "train_on": train_on or trained.get("train_on") or "assistant",
         "max_length": max_length or trained.get("max_length"),
-        "date": str(date or trained.get("date") or Day.today()),
+        "date": _day(date or trained.get("date")).isoformat(),
         "bad_rows": bad_rows,
     }
     sets = [read_set(name, file, limit=limit, bad_rows=bad_rows) for name, file in data.items()]
@@ -149,6 +151,11 @@ def evaluate(
     chosen_tasks = None
     if tasks:
         settings |= {"tasks": list(tasks), "include_path": include_path, **options}
+        for candidate in candidates if apply_chat_template else ():
+            if not candidate.tokenizer.chat_template:
+                raise UserError(
+                    f"--apply_chat_template: the tokenizer of {candidate.name} has none\nmend: leave it out"
+                )
         with progress("finding tasks", len(tasks), "tasks"):
             chosen_tasks = harness.find_tasks(tasks, include_path=include_path, limit=limit, seed=seed, **options)
     results: list[harness.Results] = []
@@ -176,6 +183,14 @@ def evaluate(
             name: {key: value for key, value in result.items() if key != "rows"} for name, result in compared.items()
         }
     return found
+
+
+def _day(text: Any) -> Day:
+    """The day of that name (YAML may have made one of it); today where there is none."""
+    try:
+        return Day.fromisoformat(str(text)) if text else Day.today()
+    except ValueError:
+        raise UserError(f"--date {text}: is no day; write it as {Day.today().isoformat()}") from None
 
 
 def _encode(candidate: Candidate, rows: EvalSet, settings: dict[str, Any], progress: Progress) -> Documents:

@@ -63,6 +63,7 @@ ALL = [
     ["data", "show"],
     ["data", "stats"],
     ["generate"],
+    ["evaluate"],
     ["chat"],
     ["config"],
     ["config", "list"],
