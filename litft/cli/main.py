@@ -14,6 +14,7 @@ VERBS = {
     "generate": "answer a prompt, or every row of a file: litft generate FOLDER --prompt TEXT",
     "evaluate": "loss and answers on rows, against a baseline: litft evaluate FOLDER --data FILE",
     "chat": "talk to a model in the terminal: litft chat FOLDER",
+    "serve": "behind OpenAI's HTTP interface, with a chat page: litft serve FOLDER",
     "merge": "an adapter into its base model: litft merge FOLDER --out DIR",
     "export": "for something else to take: litft export FOLDER --to hf --out DIR",
     "report": "a run as a page, or several side by side: litft report RUN... --out FILE",

@@ -6,6 +6,7 @@ like length are read together, so that hardly any padding is computed (continuou
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -149,7 +150,7 @@ class Engine:
     """
 
     def __init__(
-        self, bundle: ChatModel, *, slots: int = 16, prompt_tokens: int = 2048, cache_bytes: int | None = None
+        self, bundle: ChatModel, *, slots: int = 16, prompt_tokens: int = 2048, cache_bytes: float | None = None
     ) -> None:
         from litft.infer.slots import SlotCache
 
@@ -157,19 +158,25 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []  # by slot; those whose prompt is read, then at most one that is being read
         self._cache = SlotCache()
+        takes = inspect.signature(bundle.model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers renames it in 5.24
         self._lock = threading.Lock()
         self._why_alone = why_alone(bundle.model)
         """Why the model answers one prompt at a time; None where it need not."""
 
     def submit(self, request: Request) -> Request:
         """Queue a request; returns it."""
-        from litft.infer.sampling import not_read
-
-        odd = not_read(request.settings)
-        request.alone = self._why_alone or (f"its settings ask for {', '.join(odd)}" if odd else None)
+        request.alone = self.why_alone(request)
         with self._lock:
             self.waiting.append(request)
         return request
+
+    def why_alone(self, request: Request) -> str | None:
+        """Why a request can't share a batch, as half a sentence; None where it can."""
+        from litft.infer.sampling import not_read
+
+        odd = not_read(request.settings)
+        return self._why_alone or (f"its settings ask for {', '.join(odd)}" if odd else None)
 
     def run(self, requests: Sequence[Request], watch: Callable[[], None] | None = None) -> None:
         """Answer these requests; `watch` is called after every step.
@@ -335,10 +342,10 @@ class Engine:
             logits = model(
                 input_ids=ids,
                 position_ids=step.positions(width),
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=keep,
                 slots=step,
+                **{self._cache_name: self._cache},
             ).logits
         column = [ends.index(length) for length in lengths]
         return logits[range(len(rows)), column].float()

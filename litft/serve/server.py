@@ -1,0 +1,119 @@
+"""`serve`: a model behind a port, until somebody ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from litft.errors import UserError
+from litft.infer.engine import Engine
+from litft.infer.load import ChatModel
+
+PATIENCE = 4.0
+"""Seconds that answers have to come to their end when the server goes down."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, so that a port in use is known before a model is loaded; port 0 is any free one.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: {why}\nmend: another port, or 0 for any free one") from error
+    return sock
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def model_name(folder: str) -> str:
+    """The name clients call the model by: a folder's own name, a hub id or an alias as it stands."""
+    path = Path(folder)
+    return path.resolve().name if path.exists() else folder
+
+
+def serve(
+    bundle: ChatModel,
+    sock: socket.socket,
+    *,
+    name: str,
+    api_key: str | None = None,
+    slots: int = 16,
+    max_queue: int = 256,
+    max_tokens: int = 4096,
+    max_body: int = 1 << 20,
+    cache_bytes: float | None = None,
+    ready: Callable[[], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then what is being answered has `PATIENCE` seconds.
+
+    Args:
+        bundle: of `load_for_inference`.
+        sock: of `listen`.
+        name: the model's name for clients.
+        api_key: what clients have to send as a bearer token; None asks for nothing.
+        slots: answers that grow at once.
+        max_queue: answers that may wait; more are refused with 429.
+        max_tokens: most tokens of an answer.
+        max_body: most bytes of a request; more are refused with 413.
+        cache_bytes: most memory for keys and values; None is half of what is free.
+        ready: called once requests are taken.
+    """
+    import uvicorn
+
+    from litft.serve.app import build
+    from litft.serve.worker import Worker
+
+    if cache_bytes is None:
+        cache_bytes = free_memory(bundle.model.device) / 2
+    worker = Worker(Engine(bundle, slots=slots, cache_bytes=cache_bytes), max_queue=max_queue)
+    host = sock.getsockname()[0]
+    app = build(
+        bundle, worker, name=name, api_key=api_key, local=is_local(host), max_tokens=max_tokens, max_body=max_body
+    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if ready is not None and self.started:
+                ready()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            closing = asyncio.get_running_loop().run_in_executor(None, worker.close, PATIENCE)
+            await super().shutdown(sockets)
+            await closing
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=int(PATIENCE) + 2
+    )
+    worker.start()
+    try:
+        Server(config).run(sockets=[sock])
+    finally:
+        worker.join(2)
+
+
+def free_memory(device: Any) -> float:
+    """Bytes that are free on a device; infinity where nobody says."""
+    import torch
+
+    from litft.engine.room import host_memory_left
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory_left()
