@@ -170,10 +170,6 @@ class Family:
             writer.add_rope_scaling_orig_ctx_len(self._original_context())
             if factor := rope.get("attention_factor"):  # llama.cpp's number multiplies the default one
                 writer.add_rope_scaling_attn_factors(factor / (0.1 * math.log(rope["factor"]) + 1))
-            if rope.get("beta_fast"):
-                writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-            if rope.get("beta_slow"):
-                writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
         elif kind == "longrope":
             original = self._original_context()
             scale = self.config.max_position_embeddings / original
@@ -226,8 +222,11 @@ def _beyond(config: PretrainedConfig, arch: str, tied: bool) -> str | None:
     known = {"default", "linear", "yarn"} | ({"llama3"} if arch == "llama" else set())
     if kind not in (known | {"longrope"} if arch == "phi3" else known):
         return f"its rotary positions are scaled by {kind!r}"
-    if kind == "yarn" and (rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False):
-        return "its YaRN scaling sets mscale or truncate"
+    if kind == "yarn":
+        usual = {"mscale": 0, "mscale_all_dim": 0, "truncate": True, "beta_fast": 32, "beta_slow": 1}
+        for key, value in usual.items():
+            if rope.get(key) not in (None, value):
+                return f"its YaRN scaling sets {key} to {rope[key]}"
     if arch in ("gemma", "gemma2") and not tied:
         return "its output matrix is not the embedding (it was trained on its own)"
     if arch in ("gemma2", "gemma3"):
@@ -252,6 +251,8 @@ def _notes(config: PretrainedConfig, arch: str) -> Iterator[str]:
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if arch not in _SWA_PERIOD and window and sliding and window < config.max_position_embeddings:
         yield f"llama.cpp has no sliding window for {arch}: beyond {window} tokens of context it attends to more"
+    if _rope(config).get("rope_type") == "longrope":
+        yield "llama.cpp takes long rotary factors by the context it starts with (-c), not by the text's length"
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ _SPLITS = {
     + _REST.replace(r"[\r\n]*", r"[\r\n/]*"),
 }
 _WHOLE_WORDS = {"llama-bpe", "tekken"}  # llama.cpp takes a word that is a token without looking at the merges
+_APPROXIMATE = {"tekken", "gpt-4o"}  # llama.cpp's regex takes marks (\p{M}) for no letters
 _TWIN = {"llama-bpe": "dbrx"}  # the same cuts, but merges alone decide
 
 # What tells pre-tokenizers apart: digits, contractions, cases, blanks and line ends, marks, scripts, emoji.
@@ -124,6 +125,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stop_ids: Iterable
         if any(" " in part for pair in _pairs(model) for part in pair):
             raise UserError("GGUF: the tokenizer has merges with blanks in them, which is not supported")
         found.adds = {"space": False}
+        if found.pre in _APPROXIMATE:
+            found.notes.append("llama.cpp cuts words with combining marks (Hindi, Thai) otherwise than this tokenizer")
     elif model.get("byte_fallback"):
         found = Vocabulary("llama", "default", tokens, types, scores=_scores(tokenizer, model, tokens))
         found.adds = {"space": _adds_blank(tokenizer, state, found.notes)}
