@@ -16,6 +16,7 @@ VERBS = {
     "chat": "talk to a model in the terminal: litft chat FOLDER",
     "serve": "behind OpenAI's HTTP interface, with a chat page: litft serve FOLDER",
     "merge": "an adapter into its base model: litft merge FOLDER --out DIR",
+    "quantize": "into 8 or 4 bits: litft quantize FOLDER --to nf4 --out DIR",
     "export": "for something else to take: litft export FOLDER --to hf --out DIR",
     "report": "a run as a page, or several side by side: litft report RUN... --out FILE",
     "push": "onto the model hub: litft push FOLDER --repo NAME",
