@@ -126,12 +126,14 @@ def load_for_inference(
 
     from litft.data.template import ChatEncoder
     from litft.export.weights import stored_dtype
-    from litft.models.load import load_model, load_tokenizer
+    from litft.models.load import is_quantised, load_model, load_tokenizer
     from litft.models.resolve import resolve
 
     where = find_device(device)
-    source = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
-    if dtype is None:
+    source = resolve(name, revision=revision, trust_remote_code=trust_remote_code, quantised=True)
+    if is_quantised(source):  # what isn't packed goes with the scales
+        dtype = stored_dtype(source.folder) or torch.bfloat16
+    elif dtype is None:
         dtype = stored_dtype(source.folder) or torch.bfloat16
         if dtype != torch.float32 and where.type == "cpu" and not _fast_16_bit_cpu():
             dtype = torch.float32

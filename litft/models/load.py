@@ -71,7 +71,7 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load the base model's weights (an adapter is not applied) for training.
+    """Load the base model's weights (an adapter is not applied), for training where they are not stored quantised.
 
     Args:
         source: of `resolve`.
@@ -109,11 +109,20 @@ def load_model(
             raise UserError(f"cannot load the model in {source.folder}:\n    {_first_line(error)}") from error
     model, report = loaded
     _check_report(source, report)
+    if is_quantised(source):
+        model.config.use_cache = model.config.get_text_config().use_cache = False
+        return model
     for parameter in model.parameters():  # a few models keep some in fp32; unpacked ones may come in bf16
         if parameter.dtype != dtype and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     ready_to_train(model)
     return model
+
+
+def is_quantised(source: ModelSource) -> bool:
+    """Whether a model's weights are stored in a form that can't be trained."""
+    stored = read_json(source.folder / "config.json").get("quantization_config") or {}
+    return bool(stored) and stored.get("quant_method") != DEQUANTISED
 
 
 def ready_to_train(model: Any) -> None:

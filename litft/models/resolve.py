@@ -66,6 +66,7 @@ def resolve(
     weights: bool = True,
     offline: bool = False,
     trust_remote_code: bool = False,
+    quantised: bool = False,
 ) -> ModelSource:
     """Find the model that `name` means, and fetch it if it is not here.
 
@@ -76,6 +77,7 @@ def resolve(
         weights: False fetches and asks for the tokenizer and configuration only.
         offline: take hub models from the local cache only (as `HF_HUB_OFFLINE=1` does).
         trust_remote_code: let the model bring Python code of its own.
+        quantised: take a model that is stored quantised as well: it can answer, and not be trained or merged into.
 
     Returns:
         The source; its `folder` is local and has been checked to hold a causal language model in safetensors.
@@ -88,6 +90,7 @@ def resolve(
     if not text.strip():
         raise UserError(f"the model's name is empty\nname a folder, a hub id (org/name) or {DEFAULT_MODEL}")
     options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
+    options["quantised"] = quantised
     if text == DEFAULT_MODEL:
         return _from_folder(text, default_model(), **options)
     folder = Path(text).expanduser()
@@ -112,7 +115,9 @@ def resolve(
     return ModelSource(text, snapshot, hub_id=text, revision=revision)
 
 
-def _from_folder(name: str, folder: Path, *, weights: bool, offline: bool, trust_remote_code: bool) -> ModelSource:
+def _from_folder(
+    name: str, folder: Path, *, weights: bool, offline: bool, trust_remote_code: bool, quantised: bool
+) -> ModelSource:
     folder = enter(folder)
     options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
     if (folder / "adapter_config.json").is_file():
@@ -122,7 +127,7 @@ def _from_folder(name: str, folder: Path, *, weights: bool, offline: bool, trust
             f"{folder} holds no model: there is no config.json\n    it holds: {_listing(folder)}\n"
             "name the folder that has config.json and *.safetensors, or adapter_config.json"
         )
-    check_architecture(folder, trust_remote_code=trust_remote_code)
+    check_architecture(folder, trust_remote_code=trust_remote_code, quantised=quantised)
     if weights:
         _check_weights(folder)
     if cached := cached_id(folder):
@@ -167,7 +172,7 @@ def _from_adapter(name: str, adapter: Path, **options: Any) -> ModelSource:
             "set base_model_name_or_path in it to a folder or a hub id"
         )
     try:
-        source = _resolve_base(base, revision, adapter, **options)
+        source = _resolve_base(base, revision, adapter, **options | {"quantised": False})  # merged into, then
     except UserError as error:
         why = "\n".join(str(error).splitlines()[:3])
         raise UserError(
@@ -199,8 +204,8 @@ def cached_id(folder: str | Path) -> tuple[str, str] | None:
     return (f"{found[1]}/{found[2]}", found[3]) if found else None
 
 
-def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse what litft can't train, from config.json alone: nothing of the model is loaded, none of its code is run.
+def check_architecture(folder: Path, *, trust_remote_code: bool = False, quantised: bool = False) -> None:
+    """Refuse what litft can't train (with `quantised`: run), from config.json alone: nothing is loaded, no code is run.
 
     Raises:
         UserError: the model brings its own code (and `trust_remote_code` is False), transformers doesn't know its
@@ -237,10 +242,10 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False) -> None
             f"{folder} holds a {names[0] if names else kind}, which is not a causal language model\n"
             "choose one whose config.json says ...ForCausalLM under architectures"
         )
-    quantised = config.get("quantization_config")
-    if quantised and quantised.get("quant_method") != DEQUANTISED:
+    stored = config.get("quantization_config")
+    if stored and stored.get("quant_method") != DEQUANTISED and not quantised:
         raise UserError(
-            f"{folder} is stored quantised ({quantised.get('quant_method', 'by an unnamed method')})\n"
+            f"{folder} is stored quantised ({stored.get('quant_method', 'by an unnamed method')})\n"
             "name the model it was made from; litft finetune qlora quantises that while it loads"
         )
 
