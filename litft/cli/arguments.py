@@ -17,8 +17,15 @@ from litft.errors import UserError
 SHORT = {"data": "data.train", "model": "model.path"}
 BARE = (*SWITCHES, "print_config", "help")
 """Flags without a value."""
-NUMBERS = ("data.weights", "model.betas")
-LISTS = ("data.train", *NUMBERS, "samples.prompts", "model.tuner.modules_to_save", "model.tuner.target_parameters")
+NUMBERS = ("data.weights", "model.betas", "model.loss_weights")
+LISTS = (
+    "data.train",
+    *NUMBERS,
+    "model.loss_type",
+    "samples.prompts",
+    "model.tuner.modules_to_save",
+    "model.tuner.target_parameters",
+)
 MANY = (*LISTS, "data.val", "model.tuner.targets")
 """Keys that take several values after one flag; those of `LISTS` are lists even with one."""
 
@@ -32,12 +39,12 @@ class Said:
     where: str
 
 
-def expand(argv: list[str], command_tuner: str | None) -> list[str]:
+def expand(argv: list[str], method: str | None) -> list[str]:
     """Rewrite a command line.
 
     Args:
         argv: words after `litft finetune METHOD`.
-        command_tuner: full, lora or qlora where the verb names the tuner.
+        method: the word after `litft finetune`, full, lora and qlora among them.
 
     Returns:
         `--key=value` words in order, those of configuration files first, so that flags go before them; the
@@ -53,10 +60,10 @@ def expand(argv: list[str], command_tuner: str | None) -> list[str]:
         _refuse_inherited(said, {key for key, _ in flags})
     said += [_said(key, values) for key, values in flags if key != "config"]
     _refuse_twice([key for key, _ in flags if key != "config"])
-    tuner = _tuner(said, command_tuner)
+    tuner = _tuner(said, method if method in TUNERS else None) or ("lora" if method else None)
     said = [_plain(entry) for entry in said if entry.key not in ("model.tuner", "model.tuner.class_path")]
     said, sharded = _strategy(said)
-    keys.check([(entry.key, entry.where) for entry in said], tuner, sharded)
+    keys.check([(entry.key, entry.where) for entry in said], tuner, sharded, method)
     if any(entry.key.startswith("plan.") for entry in said) and not any(e.key == "data.train" for e in said):
         said = [*said, Said("data.train", "[]", "--plan")]  # no rows are needed to plan for devices
     words = [f"--model.tuner={TUNERS.get(tuner, tuner)}"] if tuner else []

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from litft.cli.arguments import config_hub, expand, find_config, hub_names, read_config
+from litft.cli.keys import METHODS, TUNERS
 from litft.cli.parsing import Parser, choose
 from litft.errors import UserError
 
@@ -78,17 +79,20 @@ def check(argv: list[str]) -> int:
         "litft config check mine.yaml",
     )
     parser.add_argument("NAME_OR_FILE", help=NAME)
-    name = parser.parse(argv).NAME_OR_FILE
+    parser.add_argument("--method", choices=tuple(METHODS), default="lora", help="the word after litft finetune (lora)")
+    args = parser.parse(argv)
+    name, method = args.NAME_OR_FILE, args.method
     from litft.cli.finetune import _parse, _quiet
 
     said = dict(read_config(name))
     chosen = {"model.tuner", "model.tuner.class_path"} & said.keys()
-    words = expand(["--config", name], None if chosen else "lora")  # a file without a tuner is tried with the usual one
+    named = None if chosen and method in TUNERS else method  # a file without a tuner is tried with the usual one
+    words = expand(["--config", name], named)
     if "data.train" not in said:
         files = str(said.get("data.weights", "")).count(",") + 1  # one weight a file
         words.append(f"--data.train={json.dumps(['chats.jsonl'] * files)}")
     _quiet()
-    config = _parse(words).config
+    config = _parse(words, method).config
     tuner = config.model.tuner.class_path.rpartition(".")[2]
     print(f"{name}: good; {len(said)} keys, {tuner} on {config.model.path}")
     return 0

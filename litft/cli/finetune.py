@@ -12,13 +12,12 @@ from typing import Any
 
 from litft.cli import arguments
 from litft.cli.checks import check_trainer
-from litft.cli.keys import SWITCHES
+from litft.cli.keys import METHODS, SWITCHES
 from litft.cli.readable import readable
 from litft.engine.secrets import hide_yaml
 from litft.engine.signals import Signals, Stopped
 from litft.errors import Failed, UserError
 
-METHODS = ("full", "lora", "qlora")
 FOLDER = "LITFT_RUN_FOLDER"
 """Where the first process of a run tells those it starts which folder it took."""
 
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
             signals.importing = True
             _quiet()
             try:
-                cli = _parse(words)
+                cli = _parse(words, tuner)
             except SystemExit as done:  # --help and --print_config end in the parser
                 return int(done.code or 0)
             finally:
@@ -265,14 +264,13 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _parse(words: list[str]) -> Any:
+def _parse(words: list[str], command: str) -> Any:
     """The command line's objects: a `LightningCLI` with `config`, `model` and `datamodule`; the Trainer comes later."""
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from litft.data.chat import ChatData
+    import litft
     from litft.engine.checkpoints import Checkpoints
     from litft.engine.samples import Samples
-    from litft.methods.sft import SFT
 
     class Unparsed(UserError):
         """What jsonargparse says, maybe of a parser within the parser."""
@@ -346,19 +344,19 @@ def _parse(words: list[str]) -> Any:
         def make_trainer(self, **kwargs: Any) -> Any:
             return super().instantiate_trainer(**kwargs)
 
-    tuner = (
-        next((word for word in words if word.startswith("--model.tuner=")), "=litft.LoRA").rpartition(".")[2].lower()
+    method, data = (
+        getattr(litft, name.rpartition(".")[2]) for name in (METHODS[command].method, METHODS[command].data)
     )
     return CLI(
-        SFT,
-        ChatData,
+        method,
+        data,
         run=False,
         args=words,
         save_config_callback=None,
         seed_everything_default=42,
         auto_configure_optimizers=False,
         trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
-        parser_kwargs={"allow_abbrev": False, "prog": f"litft finetune {tuner}"},
+        parser_kwargs={"allow_abbrev": False, "prog": f"litft finetune {command}"},
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,44 @@ COMMAND = (
     *("plan.devices", "plan.device_memory_gb"),
 )
 """Keys of the command itself, beside the switches."""
+Place = tuple[str, str, str]
+"""A package, a file in it, and a class there."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What `litft finetune METHOD` trains with.
+
+    Attributes:
+        method: its class.
+        data: the class of what it is trained on.
+        places: where the arguments of the two are written, beside those that all have.
+    """
+
+    method: str = "litft.SFT"
+    data: str = "litft.ChatData"
+    places: tuple[Place, ...] = ()
+
+
+_REFERENCED = ("litft", "methods/preference.py", "Referenced")
+
+
+def _on_preferences(name: str, file: str, *more: Place) -> Command:
+    return Command(f"litft.{name}", "litft.PreferenceData", (("litft", file, name), *more))
+
+
+METHODS = {
+    "full": Command(),
+    "lora": Command(),
+    "qlora": Command(),
+    "dpo": _on_preferences("DPO", "methods/dpo.py", _REFERENCED),
+    "orpo": _on_preferences("ORPO", "methods/orpo.py"),
+    "simpo": _on_preferences("SimPO", "methods/cpo.py", ("litft", "methods/cpo.py", "CPO")),
+    "cpo": _on_preferences("CPO", "methods/cpo.py"),
+    "kto": _on_preferences("KTO", "methods/kto.py", _REFERENCED),
+}
+"""By the word after `litft finetune`; the first three are supervised fine-tuning with that tuner."""
+
 GROUPS = {
     "model": [("litft", "methods/base.py", "Method")],
     "data": [("litft", "data/chat.py", "ChatData")],
@@ -58,14 +97,17 @@ def parameters(package: str, file: str, cls: str) -> tuple[str, ...] | None:
 
 
 @cache
-def known(tuner: str | None) -> tuple[frozenset[str], tuple[str, ...]]:
+def known(tuner: str | None, method: str | None = None) -> tuple[frozenset[str], tuple[str, ...]]:
     """All keys, and the groups whose own keys can't be known ahead.
 
     Args:
         tuner: full, lora or qlora; another class path has options that only it knows.
+        method: of `METHODS`.
     """
     found, opened = {*COMMAND, *SWITCHES}, list(OPEN)
-    for group, places in {**GROUPS, "model.tuner": OPTIONS.get(tuner or "lora", [])}.items():
+    own_places = METHODS[method].places if method else ()
+    groups = {**GROUPS, "model": [*GROUPS["model"], *own_places], "model.tuner": OPTIONS.get(tuner or "lora", [])}
+    for group, places in groups.items():
         names = [parameters(*place) for place in places]
         if not names or None in names:
             opened.append(group)
@@ -73,18 +115,19 @@ def known(tuner: str | None) -> tuple[frozenset[str], tuple[str, ...]]:
     return frozenset(found), tuple(opened)
 
 
-def check(keys: Iterable[tuple[str, str]], tuner: str | None, sharded: bool = False) -> None:
+def check(keys: Iterable[tuple[str, str]], tuner: str | None, sharded: bool = False, method: str | None = None) -> None:
     """Refuse keys that nothing takes, naming the nearest that something does.
 
     Args:
         keys: dotted keys, each with where it was said (a flag, or file and line).
         tuner: as in `known`.
         sharded: whether the strategy is fsdp.
+        method: the word after `litft finetune`.
 
     Raises:
         UserError: for the first unknown key.
     """
-    valid, opened = known(tuner)
+    valid, opened = known(tuner, method)
     for key, where in keys:
         if key.startswith("trainer.strategy.") and sharded:
             own = parameters(*FSDP_OPTIONS) or ()
@@ -98,7 +141,9 @@ def check(keys: Iterable[tuple[str, str]], tuner: str | None, sharded: bool = Fa
         near = nearest(key, valid)
         hint = f"; did you mean {near}?" if near else ""
         place = "" if where == f"--{key}" else f"{where}: "
-        raise UserError(f"{place}unknown key --{key}{hint}\nall keys: litft finetune {tuner or 'lora'} --help")
+        raise UserError(
+            f"{place}unknown key --{key}{hint}\nall keys: litft finetune {method or tuner or 'lora'} --help"
+        )
 
 
 def nearest(key: str, valid: Iterable[str]) -> str | None:

@@ -47,7 +47,7 @@ def make_batch(
     """One micro-batch of these rows: what `litft.data.batch` makes of their documents, and two numbers.
 
     `rows` says how many there are, `row_denominator` is to a loss that is a mean over rows what `denominator` is to one
-    over tokens. Each rank's gradient is averaged over the ranks, so every rank divides by its share of the whole's count.
+    over tokens. Each rank's gradient is averaged over the ranks, so all divide by their share of the whole's count.
 
     A rank that has no row left still takes part in every forward and backward pass (the others wait for it): it is
     given a row of the whole with nothing to train on.

@@ -33,6 +33,13 @@ class PreferenceData(ChatData):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("pairs", "labelled")
+    prompts_too = False
+
+    def prepare(self, method: Any, **limits: Any) -> PreferenceData:
+        """As of `ChatData`."""
+        self.prompts_too = method.prompts_too
+        super().prepare(method, **limits)
+        return self
 
     def __init__(self, train: str | list[str], **options: Any) -> None:
         super().__init__(train, **options)
@@ -46,7 +53,7 @@ class PreferenceData(ChatData):
 
     def maker(self, rows: Selection) -> Make:
         """What makes a micro-batch; beside the documents it has the numbers that the rows bring."""
-        make = functools.partial(_make, rows, self._planned().packing, self._pad_id)
+        make = functools.partial(_make, rows, self._planned().packing, self._pad_id, self.prompts_too)
         return functools.partial(_with_mismatched, make, rows, self._pad_id) if self.kind == "labelled" else make
 
     def held_out_prompts(self, count: int) -> list[Conversation]:
@@ -110,9 +117,18 @@ _ENCODERS: dict[str, Callable[[ChatEncoder, Row], tuple[Any, ...]]] = {
 }
 
 
-def _make(rows: Selection, packing: bool, pad_id: int, some: np.ndarray, whole: Whole) -> Batch:
-    batch = make_batch(some, rows.documents, whole, packing, pad_id)
-    return batch | {"values": torch.tensor([rows.value(int(row)) for row in some], dtype=torch.float32)}
+def _make(rows: Selection, packing: bool, pad_id: int, prompts_too: bool, some: np.ndarray, whole: Whole) -> Batch:
+    """A micro-batch, and with it the numbers that its rows bring, what is known of them, and a count of the step's."""
+    batch = make_batch(some, rows.whole_documents if prompts_too else rows.documents, whole, packing, pad_id)
+    batch["values"] = torch.tensor([rows.value(int(row)) for row in some], dtype=torch.float32)
+    counts = rows.lengths_of - 1 if prompts_too else rows.trained_of
+    batch["chosen_denominator"] = torch.tensor(counts[whole.rows, 0].sum() / whole.ranks, dtype=torch.float32)
+    if prompts_too:
+        masks = [trained[1:] for row in some for _, trained in rows.documents(int(row))]
+        batch["answers"] = torch.from_numpy(np.concatenate(masks or [np.zeros(0, bool)]))
+    if rows.reference is not None:
+        batch["reference"] = torch.from_numpy(rows.reference[some].reshape(-1))
+    return batch
 
 
 def _with_mismatched(make: Make, rows: Selection, pad_id: int, some: np.ndarray, whole: Whole) -> Batch:

@@ -2,7 +2,8 @@
 
 | form | keys |
 |---|---|
-| preference | `chosen` and `rejected`: strings, messages, or whole conversations, whose common beginning is the prompt; before them `prompt` (a string or messages), `messages`, `conversations` or `instruction` (and `input`) |
+| preference | `chosen`, `rejected`: strings, messages, or whole conversations, whose common beginning is the prompt |
+| | before them `prompt` (a string or messages), `messages`, `conversations` or `instruction` (and `input`) |
 | kto | `label` (true or false) beside `messages`, `conversations`, or `prompt` and `completion` |
 
 Beside them `system` and `tools`, as in chat rows. A pair may bring a `margin`, or two scores (`score_chosen`,
@@ -96,7 +97,7 @@ def _pair(row: Any) -> Pair:
             raise DataError(f"{name} answers another prompt (message {shared + 1} differs)", mend=mend)
     if not shared:
         raise DataError("no prompt: chosen and rejected begin with an answer", mend="add a prompt")
-    return Pair(*(_conversation(row, messages, shared) for messages in (chosen, rejected)), margin=_margin(row))
+    return Pair(_conversation(row, chosen, shared), _conversation(row, rejected, shared), _margin(row))
 
 
 def _labelled(row: Any) -> Labelled:

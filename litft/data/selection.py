@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -25,8 +26,8 @@ class Selection:
         stores: where the rows lie.
         file_of_row: index into `stores`, [rows].
         row_of_file: index within its store, [rows].
-        lengths: tokens of each row, after cutting; of all its documents together.
-        trained: trained tokens of each row, after cutting.
+        lengths_of: tokens of each document of each row, after cutting, [rows, documents].
+        trained_of: trained tokens of each, after cutting.
         max_length: where documents are cut.
         cut: which rows were, bool [rows].
         dropped: how many rows of the files were left out, by reason.
@@ -35,14 +36,26 @@ class Selection:
     stores: list[TokenStore]
     file_of_row: np.ndarray
     row_of_file: np.ndarray
-    lengths: np.ndarray
-    trained: np.ndarray
+    lengths_of: np.ndarray
+    trained_of: np.ndarray
     max_length: int
     cut: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
+    reference: np.ndarray | None = None
+    """Log-probabilities of the documents under a reference, fp32 [rows, documents], where they are known ahead."""
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.file_of_row)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, of all its documents together."""
+        return self.lengths_of.sum(1)
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """Trained tokens of each row."""
+        return self.trained_of.sum(1)
 
     @property
     def truncated(self) -> int:
@@ -58,6 +71,10 @@ class Selection:
     def read(self, row: int) -> Document:
         """Ids and mask of a row's first document."""
         return self.documents(row)[0]
+
+    def whole_documents(self, row: int) -> list[Document]:
+        """The documents of a row, all of their tokens trained."""
+        return [(ids, np.ones_like(trained)) for ids, trained in self.documents(row)]
 
     def value(self, row: int) -> float:
         """The number that a row brings."""
@@ -82,8 +99,8 @@ class Selection:
             self.stores,
             self.file_of_row[keep],
             self.row_of_file[keep],
-            self.lengths[keep],
-            self.trained[keep],
+            self.lengths_of[keep],
+            self.trained_of[keep],
             self.max_length,
             self.cut[keep],
         )
@@ -108,7 +125,7 @@ def select(
     whole = np.concatenate([store.lengths for store in stores]).reshape(-1, each)
     file_of_row = np.repeat(np.arange(len(stores)), [len(store) for store in stores])
     row_of_file = np.concatenate([np.arange(len(store)) for store in stores])
-    over = (whole > max_length).any(1)
+    over = np.asarray((whole > max_length).any(1))
     if overlong == "error" and over.any():
         first = int(over.argmax())
         store = stores[file_of_row[first]]
@@ -118,7 +135,7 @@ def select(
             line=int(store.lines[row_of_file[first]]),
             mend="raise --data.max_length, or set --data.overlong drop or truncate",
         )
-    lengths = np.minimum(whole, max_length).sum(1)
+    lengths = np.minimum(whole, max_length)
     trained = np.concatenate([store.trained_counts(max_length) for store in stores]).reshape(-1, each)
     dropped: Counter[str] = Counter()
     keep = np.ones(len(whole), bool)
@@ -129,7 +146,7 @@ def select(
     dropped["nothing to train on within the limit"] = int(nothing.sum())
     keep &= ~nothing
     dropped[BAD_ROWS] = sum(store.bad for store in stores)
-    everything = Selection(stores, file_of_row, row_of_file, lengths, trained.sum(1), max_length, over)
+    everything = Selection(stores, file_of_row, row_of_file, lengths, trained, max_length, over)
     chosen = everything.take(keep)
     chosen.dropped = {reason: count for reason, count in dropped.items() if count}
     if not len(chosen):

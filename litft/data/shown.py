@@ -29,9 +29,7 @@ def visible(text: str) -> str:
     return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def pieces(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]
-) -> list[tuple[str, bool]]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], trained: Sequence[bool]) -> list[tuple[str, bool]]:
     """The text of a row, cut wherever training begins or ends.
 
     Args:

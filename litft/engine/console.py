@@ -62,6 +62,8 @@ class Console(Logger):
         if "loss" in m:
             parts += [f"loss {m['loss']:.4f}"]
         parts += [f"{name} {value:.4f}" for name, value in m.items() if name.startswith("val_loss")]
+        told = ("accuracies", "margins", "accuracy")
+        parts += [f"{name.replace('rewards/', '')} {value:.3f}" for name, value in m.items() if name.endswith(told)]
         if "loss" in m:
             parts += [
                 f"lr {m['lr']:.2e}",

@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ class StepMetrics(Callback):
             "step_s": now - self._start,
             "data_s": self._data_s,
             "memory_gb": peak_memory_gb(),
+            **pl_module.measures.means(trainer.strategy),
         }
         interval = self._tokens, self._trained, elapsed
         self._first = self._first or interval
@@ -236,10 +238,12 @@ class MetricsCSV(Logger):
     Args:
         folder: the run folder.
         resume_step: the step that the run goes on from; None begins a new file.
+        measured: names of the figures that the method measures beside its loss.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+    def __init__(self, folder: Path, resume_step: int | None = None, measured: Sequence[str] = ()) -> None:
         super().__init__()
+        self.columns = [*COLUMNS, *measured, *(f"val_{name}" for name in measured)]
         self.path = Path(folder) / "metrics.csv"
         self._file: Any = None
         self._last: dict[str, Any] = {}
@@ -264,7 +268,7 @@ class MetricsCSV(Logger):
                 kept = [r for r in read_metrics(self.path) if int(r["step"]) <= self.resume_step]
             beside = self.path.with_name(f".{self.path.name}.partial")  # rows of the past are never only in memory
             self._file = open(beside, "w", newline="")  # noqa: SIM115 - closed in finalize
-            self._writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore")
+            self._writer = csv.DictWriter(self._file, self.columns, extrasaction="ignore")
             self._writer.writeheader()
             self._end = self._file.tell()
             self._write(kept)
@@ -279,7 +283,7 @@ class MetricsCSV(Logger):
         """
         if "step" not in metrics:
             return
-        row = {k: v for k, v in metrics.items() if k in COLUMNS}
+        row = {k: v for k, v in metrics.items() if k in self.columns}
         try:
             self._open()
             if str(self._last.get("step")) == str(row["step"]):

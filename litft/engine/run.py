@@ -211,7 +211,7 @@ def run(
     trainer.val_check_interval = every or sys.maxsize
     trainer.check_val_every_n_epoch = None
     since = step_of(checkpoint) if checkpoint else None
-    trainer.loggers = [MetricsCSV(folder, since), *trainer.loggers, Console(data.total_steps)]
+    trainer.loggers = [MetricsCSV(folder, since, method.measured), *trainer.loggers, Console(data.total_steps)]
     if signals:
         signals.training = True
         if trainer.num_nodes > 1:  # waits for the other machines, for half an hour and deaf to Python's handlers
@@ -391,8 +391,12 @@ def report(outcome: Outcome, page: Path | None = None) -> str:
     for name, after in outcome.losses_after.items():
         before = outcome.losses_before.get(name)
         change = f"{before:.4f} before, " if before is not None else ""
-        share = f" ({(after - before) / before:+.1%})" if before else ""
-        label = "held-out loss" if name == "val_loss" else f"held-out loss, {name.removeprefix('val_loss/')}"
+        loss, shown = name.startswith("val_loss"), name.endswith(("accuracies", "margins", "accuracy"))
+        if not loss and not shown:
+            continue
+        share = f" ({(after - before) / before:+.1%})" if before and loss else ""
+        what, _, of = name.removeprefix("val_").partition("/") if loss else (name.removeprefix("val_"), "", "")
+        label = f"held-out {what}" + (f", {of}" if of else "")
         lines.append(f"{label}: {change}{after:.4f} after{share}")
     if outcome.speed:
         lines.append(str(outcome.speed))

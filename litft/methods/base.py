@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from litft.engine.randomness import seed_step
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
+from litft.methods.measures import Measures
 from litft.methods.memory import check_keys, plan_memory, ranks_of
 from litft.methods.refusals import refuse
 from litft.models.alias import DEFAULT_MODEL
@@ -50,7 +51,7 @@ class Method(LightningModule):
     Args:
         path: the model: a folder, an id on the hub, an adapter or a run to go on from, or `smollm2-135m-instruct`.
         tuner: which weights learn.
-        lr: learning rate; the tuner's own by default (2e-5 full, 2e-4 LoRA and QLoRA).
+        lr: learning rate; the method's and tuner's own by default (SFT: 2e-5 full, 2e-4 LoRA and QLoRA).
         optimizer: adamw, adamw_8bit, paged_adamw_8bit, sgd, or a class path; `auto` is adamw, its moments in 8 bits
             where the run doesn't fit into memory otherwise.
         betas: decay rates of AdamW's moments.
@@ -86,6 +87,10 @@ class Method(LightningModule):
     """Whether the model may drop activations out; not where its log-probabilities are compared with a reference's."""
     alike: ClassVar[bool] = True
     """Whether the loss weighs all trained tokens of a micro-batch alike, for which gradients come cheaper."""
+    measured: ClassVar[tuple[str, ...]] = ()
+    """Names of the figures that are measured beside the loss."""
+    lrs: ClassVar[tuple[float, float] | None] = None
+    """Default learning rates with adapters and in full tuning, where they aren't the tuner's own."""
 
     net: CausalLM
     applied: Applied
@@ -127,7 +132,8 @@ class Method(LightningModule):
         self.automatic_optimization = False
         self.path, self.revision, self.trust_remote_code = str(path), revision, trust_remote_code
         self.tuner = tuner if tuner is not None else LoRA()
-        self.lr = lr if lr is not None else self.tuner.default_lr
+        own = self.lrs[self.tuner.trains_base] if self.lrs else self.tuner.default_lr
+        self.lr = lr if lr is not None else own
         self.optimizer_name, self.betas, self.weight_decay = optimizer, betas, weight_decay
         self.schedule_name, self.warmup, self.min_lr = schedule, warmup, min_lr
         self.clip, self.add_tokens = clip, add_tokens
@@ -165,7 +171,9 @@ class Method(LightningModule):
         self.grad_norm: Tensor | None = None
         self.trained: list[tuple[str, torch.nn.Parameter]] = []
         self.mid_step = False  # whether weights have moved that belong to an optimizer step not yet done
+        self.measures = Measures()
         self._sums: dict[int, Tensor] = {}
+        self._ahead: dict[int, list[Any]] = {}
 
     # ---- what a subclass writes
 
@@ -180,6 +188,21 @@ class Method(LightningModule):
     def validation_sums(self, batch: Batch) -> Tensor:
         """What validation adds up: the summed loss and the number of things it is summed over, [2]."""
         raise TypeError(f"{type(self).__name__} needs validation_sums(batch)")
+
+    def look_ahead(self, batches: Iterable[Batch]) -> list[Any] | None:
+        """What the losses of a step's micro-batches have to know of each other, for methods where they do.
+
+        Args:
+            batches: all of this rank's, of an optimizer step or a validation set.
+
+        Returns:
+            For each of them what its loss finds under `ahead`; None where that is nothing.
+        """
+        return None
+
+    def probe(self, batch: Batch) -> Tensor:
+        """A loss that computes and keeps what this method's does, for a batch of any documents."""
+        return self.loss(batch)
 
     # ---- the model
 
@@ -329,6 +352,9 @@ class Method(LightningModule):
         def backward() -> None:
             seed_step(step["seed"])
             optimizer.zero_grad()
+            self.measures = Measures()
+            for batch, ahead in zip(step["micro_batches"], self.look_ahead(step["micro_batches"]) or (), strict=False):
+                batch["ahead"] = ahead
             last = len(step["micro_batches"]) - 1
             for index, batch in enumerate(step["micro_batches"]):
                 with self._gradient_sync(index == last):
@@ -361,10 +387,18 @@ class Method(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""
-        self._sums = {}
+        self._sums, self.measures = {}, Measures()
+        if type(self).look_ahead is not Method.look_ahead:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                for index, loader in enumerate(self.trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
+                    batches = (self.trainer.strategy.batch_to_device(batch) for batch in loader)
+                    if (ahead := self.look_ahead(batches)) is not None:
+                        self._ahead[index] = ahead
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch to its set's sums."""
+        if self._ahead:
+            batch["ahead"] = self._ahead[dataloader_idx][batch_idx]
         sums = self.validation_sums(batch)
         sums = sums if sums.device.type == "mps" else sums.double()  # Apple's GPUs have no float64
         self._sums[dataloader_idx] = self._sums.get(dataloader_idx, torch.zeros_like(sums)) + sums
@@ -381,6 +415,7 @@ class Method(LightningModule):
         if len(totals) > 1:
             values |= {f"val_loss/{names[i]}": total[0] / total[1] for i, total in totals.items()}
         self.val_losses = {name: float(value) for name, value in values.items()}
+        self.val_losses |= {f"val_{name}": value for name, value in self.measures.means(trainer.strategy).items()}
         if not self.trainer.sanity_checking:
             alone = trainer.state.fn == "validate"  # then Trainer hands them back; a fit's records have them
             self.log_dict({name: value.float() for name, value in values.items()}, logger=alone)

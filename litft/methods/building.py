@@ -88,7 +88,9 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
             "--trainer.strategy.context_parallel_size: the model's configuration asks for its router's balance loss,"
             " which sees a part of each document\nmend: --model.balance_experts 0, or leave it out"
         )
-    method.net = net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=False)
+    if not method.dropout and switch_off_dropout(model):
+        print(f"       no dropout: {type(method).__name__} compares what the model says with what it said", flush=True)
+    method.net = net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=False, alike=method.alike)
     method.parallel = net.parallel = parallel
     if parallel and parallel.sizes.tensor > 1:
         cut_up(model, parallel)
@@ -116,6 +118,18 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
         ) from error
     let_go(net)
     method.offloaded = parallel is None and keep_on_host(method, device)
+
+
+def switch_off_dropout(model: Any) -> bool:
+    """Set every probability of dropout in a model to 0; whether one was above."""
+    found = False
+    for module in model.modules():
+        names = ["p"] if isinstance(module, torch.nn.Dropout) else []
+        names += [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        for name in names:
+            found |= getattr(module, name) > 0
+            setattr(module, name, 0.0)
+    return found
 
 
 def _needs_weights(method: Method) -> bool:

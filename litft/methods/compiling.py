@@ -58,14 +58,14 @@ def compile_if_worth(method: Method) -> None:
         # lengths that are nobody's width: a dimension that equals another one would be taken for it
         documents = [(np.zeros(length, np.int64), np.ones(length, bool)) for length in (41, 32)]
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack_documents(documents, 73).items()}
-        loss = method.loss(batch)
+        loss = method.probe(batch)
         if method.parallel:  # what learns is no part of the graph: its gathered stand-in is
             loss.backward()
             method.net.zero_grad()
         else:
             torch.autograd.grad(loss, list(method.trainable_parameters()), allow_unused=True)
         with torch.no_grad():  # as validation runs them
-            method.loss(batch)
+            method.probe(batch)
 
     method.net.compiled = True
     method.compiled = compile_layers(model, first_pass)

@@ -252,6 +252,6 @@ def measure_layers(method: Method, layers: list[Any], device: torch.device) -> K
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
 
     with all_kept(layers):
-        kept = measure(method.net.model, layers, method.loss, batch)
+        kept = measure(method.net.model, layers, method.probe, batch)
     let_go(method.net)
     return kept

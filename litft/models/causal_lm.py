@@ -29,6 +29,7 @@ class CausalLM(nn.Module):
         balance_experts: hand out the router's balance loss too, for mixtures of experts.
         fast_loss: never hold all logits; False, or a head that does more than `litft.models.head` knows, takes them
             from the model.
+        alike: whether the loss will weigh all targets alike.
 
     Attributes:
         head: the model's head as the fast loss sees it, or None.
@@ -36,8 +37,11 @@ class CausalLM(nn.Module):
         parallel: the processes that share the tokens of a batch, where there are any.
     """
 
-    def __init__(self, model: nn.Module, balance_experts: bool = False, fast_loss: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, balance_experts: bool = False, fast_loss: bool = True, alike: bool = True
+    ) -> None:
         super().__init__()
+        self.alike = alike
         self.model: Any = model
         self.balance_experts = balance_experts
         self.head = find_head(model) if fast_loss else None
@@ -71,7 +75,7 @@ class CausalLM(nn.Module):
         if self.head is None:
             found = {"nll": F.cross_entropy(last.float(), batch["target_ids"], reduction="none")}
         else:
-            found = {"nll": self.head.nll(last, batch["target_ids"])}
+            found = {"nll": self.head.nll(last, batch["target_ids"], self.alike)}
         if batch is not whole:
             found["nll"] = gather(found["nll"], batch["counts"], batch["context_group"])
         if self.balance_experts:

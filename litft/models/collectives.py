@@ -84,3 +84,22 @@ def gather(x: Tensor, counts: list[int], group: Any) -> Tensor:
     averaged over it, where those of its processes are parts of a sum.
     """
     return _Gather.apply(x, counts, group)
+
+
+def from_all_ranks(values: Tensor) -> tuple[Tensor, int]:
+    """The values of all processes, in the order of ranks, and where this process's begin; without gradients.
+
+    Args:
+        values: [any number].
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values, 0
+    counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, torch.tensor([len(values)], device=values.device))
+    sizes = [int(count) for count in counts]
+    padded = values.new_zeros(max(sizes))
+    padded[: len(values)] = values
+    found = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(found, padded)
+    rank = distributed.get_rank()
+    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)]), sum(sizes[:rank])

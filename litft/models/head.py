@@ -33,11 +33,18 @@ class Head:
     scale: float = 1.0
     softcap: float = 0.0
 
-    def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-probabilities of `targets` [rows], fp32, from what reaches the head [rows, width]."""
+    def nll(self, hidden: Tensor, targets: Tensor, alike: bool = True) -> Tensor:
+        """Negative log-probabilities of `targets` [rows], fp32, from what reaches the head [rows, width].
+
+        Args:
+            hidden: what reaches the head.
+            targets: ids.
+            alike: whether the loss will weigh all of them alike.
+        """
         module: Any = self.module
         bias = getattr(module, "bias", None)
-        return linear_cross_entropy(hidden, module.weight, targets, bias, scale=self.scale, softcap=self.softcap)
+        bent = {"scale": self.scale, "softcap": self.softcap}
+        return linear_cross_entropy(hidden, module.weight, targets, bias, **bent, ahead=alike)
 
     @contextmanager
     def held_back(self) -> Iterator[list[Tensor]]:
