@@ -41,7 +41,7 @@ class Candidate:
     @cached_property
     def source(self) -> ModelSource:
         """Where it lies."""
-        return resolve(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return resolve(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, quantised=True)
 
     @property
     def label(self) -> str:
@@ -126,8 +126,9 @@ def baseline_of(name: str, tuned: Candidate) -> Candidate:
 
 
 def training_settings(name: str) -> dict[str, Any]:
-    """The resolved configuration of a run folder; empty for anything else."""
-    file = Path(name).expanduser() / "config.yaml"
+    """The resolved configuration of a run folder, also where its final/ is named; empty for anything else."""
+    folder = Path(name).expanduser()
+    file = (folder.parent if folder.name == "final" else folder) / "config.yaml"
     if not file.is_file():
         return {}
     import yaml
