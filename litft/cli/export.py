@@ -31,6 +31,7 @@ _GGUF = ("q8_0", "f16", "bf16", "f32", "q4_0", "q4_1", "q5_0", "q5_1")
 TARGETS = {
     "hf": Target("a Hugging Face folder, for transformers and most servers", "litft.export.hf:export_hf", _PLAIN),
     "vllm": Target("what `vllm serve` takes; adapters with the flags", "litft.export.vllm:export_vllm", _PLAIN),
+    "ollama": Target("a GGUF file and a Modelfile for Ollama", "litft.export.ollama:export_ollama", _GGUF),
     "gguf": Target("one file for llama.cpp and what is built on it", "litft.export.gguf:export_gguf", _GGUF),
 }
 

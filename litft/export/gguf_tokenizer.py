@@ -319,8 +319,41 @@ def _special(found: Vocabulary, tokenizer: PreTrainedTokenizerBase, stops: list[
         found.notes.append(f"llama.cpp stops on {found.tokens[more[0]]} but may not on {found.tokens[more[2]]}")
     found.special = {name: id for name, id in ids.items() if id is not None}
     text = tokenizer("ab")["input_ids"]
-    found.adds["bos"] = bool(text) and text[0] == ids["bos"]
+    found.adds["bos"] = adds_bos(tokenizer)
     found.adds["eos"] = bool(text) and text[-1] == ids["eos"]
+    if not found.adds["bos"] and text and text[0] == ids["bos"]:
+        found.notes.append(f"text without the chat template gets no {tokenizer.bos_token}, since chats have none")
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether llama.cpp shall put the bos token before a text.
+
+    It does so before a chat, too, unless that begins with one: so not where the chat template writes none.
+    """
+    bos = tokenizer.bos_token
+    if bos is None or tokenizer("ab")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return False
+    if not tokenizer.chat_template:
+        return True
+    try:
+        return rendered(tokenizer, [{"role": "user", "content": "ab"}]).startswith(bos)
+    except ValueError:
+        return True
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """A chat and the header of the answer as the chat template writes them, within bounds.
+
+    Raises:
+        ValueError: the template refuses it.
+    """
+    from litft.data.bounds import PATIENCE_LEARNING, Bounded
+
+    try:
+        with Bounded(PATIENCE_LEARNING):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise ValueError(f"it says {str(error)[:120]!r}") from error
 
 
 def _strips(found: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
