@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,10 @@ def extracted(text: str, pattern: re.Pattern[str]) -> str | None:
 
 
 def scores(
-    answers: Sequence[str], references: Sequence[str], patterns: dict[str, re.Pattern[str]] | None = None
+    answers: Sequence[str],
+    references: Sequence[str],
+    patterns: dict[str, re.Pattern[str]] | None = None,
+    advance: Callable[[int], None] = lambda more: None,
 ) -> dict[str, np.ndarray]:
     """Score answers against references, each from 0 to 1.
 
@@ -75,6 +79,7 @@ def scores(
         answers: what the model said.
         references: what stands in the rows.
         patterns: of `patterns_of`; the last match in the answer is compared with the last one in the reference.
+        advance: called after each row.
 
     Returns:
         By name, fp64 [rows]: `exact_match` (of `normalised` texts), one figure a pattern, `rouge1`, `rouge2`, `rougeL`
@@ -92,13 +97,13 @@ def scores(
         wanted = [extracted(reference, pattern) for reference in references]
         given = [extracted(answer, pattern) for answer in answers]
         found[name] = np.array([np.nan if w is None else float(w == g) for w, g in zip(wanted, given, strict=True)])
-    rouge = np.full((len(pairs), len(ROUGE)), np.nan)
+    overlap = np.full((len(pairs), len(ROUGE) + 1), np.nan)
     for i, (answer, reference) in enumerate(pairs):
         if re.search("[a-z0-9]", reference.lower()):
-            measured = rouge_score(answer, reference, rouge_keys=ROUGE)
-            rouge[i] = [float(measured[f"{key}_fmeasure"]) for key in ROUGE]
-    found |= dict(zip(ROUGE, rouge.T, strict=True))
-    wanted_texts = [[reference] for reference in references]
-    _, each = chrf_score(answers, wanted_texts, CHRF_ORDER, n_word_order=0, return_sentence_level_score=True)
-    orders = np.array([min(CHRF_ORDER, len("".join(reference.split()))) for reference in references])
-    return found | {"chrf": each.double().numpy() * CHRF_ORDER / orders}
+            rouge = rouge_score(answer, reference, rouge_keys=ROUGE)
+            overlap[i, :-1] = [float(rouge[f"{key}_fmeasure"]) for key in ROUGE]
+        if orders := min(CHRF_ORDER, len("".join(reference.split()))):
+            chrf: Any = chrf_score([answer], [[reference]], CHRF_ORDER, n_word_order=0)
+            overlap[i, -1] = float(chrf) * CHRF_ORDER / orders  # torchmetrics counts lengths that it lacks as missed
+        advance(1)
+    return found | dict(zip((*ROUGE, "chrf"), overlap.T, strict=True))

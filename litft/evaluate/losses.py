@@ -65,6 +65,7 @@ def encode(
     max_length: int,
     train_on: TrainOn = "assistant",
     today: date | None = None,
+    allow_special_tokens: bool = False,
     skip_bad: bool = False,
     advance: Advance = lambda more: None,
 ) -> Documents:
@@ -76,6 +77,7 @@ def encode(
         max_length: longest row in tokens; longer ones are left out.
         train_on: which turns count, as in training.
         today: the day that the chat template takes for today's.
+        allow_special_tokens: as in training.
         skip_bad: leave out rows that the template refuses, in place of an error.
         advance: called after each row.
 
@@ -84,7 +86,7 @@ def encode(
     """
     from litft.data.template import ChatEncoder
 
-    encoder = ChatEncoder(tokenizer, train_on=train_on, today=today)
+    encoder = ChatEncoder(tokenizer, train_on=train_on, allow_special_tokens=allow_special_tokens, today=today)
     rows: list[Document] = []
     used = np.zeros(len(conversations), bool)
     left_out: Counter[str] = Counter()

@@ -125,7 +125,7 @@ def evaluate(
     if temperature is not None and not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature}: 0 (greedy) or more")
     patterns = scoring.patterns_of(extract)
-    trained = training_settings(model).get("data") or {}
+    trained = training_settings(model).get("data") or {}  # the defaults of what decides the loss
     settings: dict[str, Any] = {
         "limit": limit,
         "answers": answers,
@@ -136,6 +136,7 @@ def evaluate(
         "seed": seed,
         "train_on": train_on or trained.get("train_on") or "assistant",
         "max_length": max_length or trained.get("max_length"),
+        "allow_special_tokens": bool(trained.get("allow_special_tokens")),
         "date": _day(date or trained.get("date")).isoformat(),
         "bad_rows": bad_rows,
     }
@@ -206,6 +207,7 @@ def _encode(candidate: Candidate, rows: EvalSet, settings: dict[str, Any], progr
             max_length=candidate.longest_row(settings["max_length"]),
             train_on=settings["train_on"],
             today=Day.fromisoformat(settings["date"]),
+            allow_special_tokens=settings["allow_special_tokens"],
             skip_bad=settings["bad_rows"] == "skip",
             advance=advance,
         )
@@ -264,7 +266,8 @@ def _measure(
 
         options = {key: settings[key] for key in ("max_new_tokens", "temperature", "seed", "batch_size")}
         given = generate(bundle, [question for question, _ in asked.values()], progress=count, **options)
-    scores = scoring.scores(given, [reference for _, reference in asked.values()], patterns)
+    with progress(f"scoring {name}", len(asked), "answers") as advance:
+        scores = scoring.scores(given, [reference for _, reference in asked.values()], patterns, advance)
     return Measured(documents, nll, given, scores)
 
 
@@ -282,6 +285,7 @@ def _summary(rows: EvalSet, asked: Asked, models: list[Measured], sizes: np.ndar
         "left_out": dict(+left_out),
         **figures(models[0], used, sizes),
     }
+    found["rows_scored"] = {key: int((~np.isnan(score)).sum()) for key, score in models[0].scores.items()}
     if len(models) > 1:
         found["same_tokens"] = models[0].documents.same_tokens(models[1].documents)
         found["baseline"] = figures(models[1], used, sizes)

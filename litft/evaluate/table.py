@@ -27,6 +27,11 @@ def _set(name: str, found: dict[str, Any]) -> list[str]:
     answered = f", {found['rows_answered']:,} answered" if found["rows_answered"] else ""
     lines = [f"{name}: {found['rows']:,} rows, {found['tokens']:,} trained tokens{answered}"]
     lines += [f"  left out: {count:,} {why}" for why, count in found["left_out"].items()]
+    lines += [
+        f"  {name}: on {count:,} of them, the other references have none"
+        for name, count in found["rows_scored"].items()
+        if count < found["rows_answered"]
+    ]
     other = found.get("baseline")
     compared = found.get("same_tokens", True)
     if not compared:

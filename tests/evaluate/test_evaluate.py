@@ -167,6 +167,7 @@ def test_a_run_is_measured_as_it_was_trained(litft: Run, base: Path, rows: Path)
     assert (settings["train_on"], settings["max_length"]) == ("all", 60)
     assert one["tokens"] == one["total_tokens"] - one["rows"] and facts("found")["baseline"]["name"] == str(base)
     assert one["left_out"] == {"longer than 60 tokens": 12 - one["rows"]}
+    assert evaluate("run/final", {"test": str(rows)}, answers=0).facts["sets"]["test"]["loss"] == one["loss"]
     assert litft(run, "--data", rows, "--answers", 0, "--train_on", "assistant", "--out", "other")[0] == 0
     assert facts("other")["sets"]["test"]["tokens"] < one["tokens"]
 
@@ -184,6 +185,13 @@ def test_plain_text_and_rows_without_an_answer_are_not_asked(litft: Run, base: P
     assert litft(base, "--data", file, "--max_new_tokens", 4, "--out", "found")[0] == 0
     one = facts("found")["sets"]["odd"]
     assert (one["rows"], one["rows_answered"]) == (3, 1)
+
+
+def test_references_that_a_pattern_does_not_match_are_not_scored_and_said(litft: Run, base: Path) -> None:
+    file = write_jsonl(Path("some.jsonl"), [chat("a", "b 1"), chat("c", "d"), chat("e", "f 3")])
+    code, out, _ = litft(base, "--data", file, "--max_new_tokens", 4, "--extract", "number", "--out", "found")
+    assert code == 0 and facts("found")["sets"]["some"]["rows_scored"]["extracted/number"] == 2
+    assert "extracted/number: on 2 of them" in out
 
 
 def test_bad_rows_are_an_error_or_counted(litft: Run, base: Path) -> None:
