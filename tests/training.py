@@ -58,6 +58,7 @@ def train(
     model: Path,
     rows: Path | list[str],
     *,
+    kind: str = "SFT",
     tuner: Any = None,
     method: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
@@ -71,15 +72,17 @@ def train(
     Args:
         model: the model's folder.
         rows: the training file or files.
+        kind: name of the method in `litft`.
         tuner: full by default.
-        method: arguments of `SFT`.
+        method: its arguments.
         trainer: arguments of `Trainer`.
         callbacks: besides the tracer.
         change: called with the method when its model is built.
         seed: of everything.
-        data: arguments of `ChatData`.
+        data: arguments of `ChatData`, or of `PreferenceData` where the method is trained on such rows.
     """
-    from litft import SFT, ChatData, Full
+    import litft
+    from litft import Full
     from litft.models.parts import local, whole
     from litft.tuners.base import trainable_parameters
 
@@ -87,9 +90,11 @@ def train(
     options: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0} | (
         method or {}
     )
-    sft = SFT(str(model), tuner or Full(), **options)
+    cls = getattr(litft, kind)
+    sft = cls(path=str(model), tuner=tuner or Full(), **options)
     files = [str(row) for row in rows] if isinstance(rows, list) else str(rows)
-    chat = ChatData(files, **({"val_fraction": 0.0} | data))
+    reader = litft.ChatData if cls.rows == "chats" else litft.PreferenceData
+    chat = reader(files, **({"val_fraction": 0.0} | data))
     limits = trainer or {}
     quiet: dict[str, Any] = {
         "accelerator": "cpu",

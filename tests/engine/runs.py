@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer, seed_everything
 
-from litft import SFT, ChatData, Full, LoRA, QLoRA
+from litft import SFT, ChatData, Full, LoRA, PreferenceData, QLoRA
 from litft.engine.checkpoint_files import newest, sum_of
 from litft.engine.checkpoints import Checkpoints
 from litft.engine.run import run
@@ -122,7 +122,7 @@ def start(
         for k in ("val", "val_fraction", "weights", "packing", "tokens_per_batch", "seed")
         if k in options
     }
-    chats = ChatData(
+    chats = (ChatData if method.rows == "chats" else PreferenceData)(
         [str(f) for f in data] if isinstance(data, list) else str(data),
         tokens_per_step=tokens_per_step,
         num_workers=workers,
@@ -144,7 +144,7 @@ def start(
         try:
             outcome = run(
                 lightning_trainer,
-                method(str(model), tuner=tuner_of(tuner), **options),
+                method(path=str(model), tuner=tuner_of(tuner), **options),
                 chats,
                 folder,
                 resume=resume,
