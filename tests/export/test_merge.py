@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import EXPERTS, distance, logits, perturb
-from peft import PeftModel
+from adapters import EXPERTS, distance, logits, perturb, run_of, with_peft
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, IM_END, VOCAB, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -20,44 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from litft.cli.main import main
 from litft.errors import Failed, UserError
 from litft.export import verify
-from litft.export.final import save_final
 from litft.export.hf import write_model
 from litft.export.merge import merge
-from litft.models.load import add_tokens
 from litft.models.resolve import resolve
-from litft.tuners import LoRA, QLoRA
+from litft.tuners import QLoRA
 
 BF16 = torch.bfloat16
-
-
-def run_of(
-    folder: Path, family: str = "llama", *, tokens: list[str] | None = None, tuner: type[LoRA] = LoRA, **options: Any
-) -> Path:
-    """A run folder with an adapter, every weight of it moved, on a bf16 base."""
-    shape = options.pop("shape", {})
-    base = save_tiny(folder / "base", family, dtype=BF16, **shape)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(base),
-    )
-    if tokens:
-        options["trainable_rows"] = add_tokens(model, tokenizer, tokens)
-    lora = tuner(**{"r": 4, "alpha": 12, **options})
-    torch.manual_seed(3)
-    lora.apply(model)
-    perturb(model)
-    save_final(model, lora, tokenizer, folder / "run" / "final", base=str(base), stop_ids={IM_END})
-    return folder / "run"
-
-
-def with_peft(run: Path) -> torch.Tensor:
-    """The logits of base and adapter as PEFT puts them together, in fp32."""
-    base = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(run / "final")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return logits(PeftModel.from_pretrained(model, run / "final"))
 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
