@@ -14,6 +14,7 @@ _HOMES = {
     "CPO": "litft.methods.cpo",
     "SimPO": "litft.methods.cpo",
     "KTO": "litft.methods.kto",
+    "Distill": "litft.methods.distill",
     "Method": "litft.methods.base",
     "Preference": "litft.methods.preference",
     "Full": "litft.tuners",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from litft.methods.base import Method as Method
     from litft.methods.cpo import CPO as CPO
     from litft.methods.cpo import SimPO as SimPO
+    from litft.methods.distill import Distill as Distill
     from litft.methods.dpo import DPO as DPO
     from litft.methods.kto import KTO as KTO
     from litft.methods.orpo import ORPO as ORPO

@@ -60,12 +60,12 @@ def test_each_runs_two_steps(name, material, tmp_path):
 
 @pytest.mark.parametrize("name", hub_names())
 def test_each_states_only_what_differs_from_the_defaults(name):
-    from litft import SFT
+    from litft import Method
 
     stated = yaml.safe_load(find_config(name).read_text())["model"]
     assert stated.pop("tuner") == name.rpartition("-")[2]
     import inspect
 
-    defaults = {key: p.default for key, p in inspect.signature(SFT).parameters.items()}
+    defaults = {key: p.default for key, p in inspect.signature(Method).parameters.items()}
     same = [key for key, value in stated.items() if defaults[key] == value and key != "path"]
     assert not same and len((config_hub() / f"{name}.yaml").read_text().splitlines()) < 12

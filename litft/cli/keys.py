@@ -51,10 +51,10 @@ def _on_preferences(name: str, file: str, *more: Place) -> Command:
     return Command(f"litft.{name}", "litft.PreferenceData", (("litft", file, name), *more))
 
 
+_SFT = ("litft", "methods/sft.py", "SFT")
 METHODS = {
-    "full": Command(),
-    "lora": Command(),
-    "qlora": Command(),
+    **dict.fromkeys(("full", "lora", "qlora"), Command(places=(_SFT,))),
+    "distill": Command("litft.Distill", places=(("litft", "methods/distill.py", "Distill"), _SFT)),
     "dpo": _on_preferences("DPO", "methods/dpo.py", _REFERENCED),
     "orpo": _on_preferences("ORPO", "methods/orpo.py"),
     "simpo": _on_preferences("SimPO", "methods/cpo.py", ("litft", "methods/cpo.py", "CPO")),
@@ -105,7 +105,7 @@ def known(tuner: str | None, method: str | None = None) -> tuple[frozenset[str],
         method: of `METHODS`.
     """
     found, opened = {*COMMAND, *SWITCHES}, list(OPEN)
-    own_places = METHODS[method].places if method else ()
+    own_places = METHODS[method or "lora"].places
     groups = {**GROUPS, "model": [*GROUPS["model"], *own_places], "model.tuner": OPTIONS.get(tuner or "lora", [])}
     for group, places in groups.items():
         names = [parameters(*place) for place in places]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from filelock import FileLock
 from lightning import LightningDataModule
 
@@ -269,7 +270,7 @@ class ChatData(LightningDataModule):
 
     def maker(self, rows: Selection) -> Make:
         """What makes a micro-batch of some of these rows."""
-        return functools.partial(_make, rows.documents, self._planned().packing, self._pad_id)
+        return functools.partial(_make, rows, self._planned().packing, self._pad_id)
 
     @property
     def val_names(self) -> list[str]:
@@ -433,5 +434,6 @@ def prompt_of(conversation: Conversation) -> str:
     return json.dumps([messages[:end] or messages, conversation.tools], sort_keys=True)
 
 
-def _make(read: Any, packing: bool, pad_id: int, rows: np.ndarray, whole: Whole) -> Batch:
-    return make_batch(rows, read, whole, packing, pad_id)
+def _make(selection: Selection, packing: bool, pad_id: int, rows: np.ndarray, whole: Whole) -> Batch:
+    batch = make_batch(rows, selection.documents, whole, packing, pad_id)
+    return batch | {name: torch.from_numpy(attached.of(rows)) for name, attached in selection.attached.items()}

@@ -126,9 +126,7 @@ def _make(rows: Selection, packing: bool, pad_id: int, prompts_too: bool, some: 
     if prompts_too:
         masks = [trained[1:] for row in some for _, trained in rows.documents(int(row))]
         batch["answers"] = torch.from_numpy(np.concatenate(masks or [np.zeros(0, bool)]))
-    if rows.reference is not None:
-        batch["reference"] = torch.from_numpy(rows.reference[some].reshape(-1))
-    return batch
+    return batch | {name: torch.from_numpy(attached.of(some)) for name, attached in rows.attached.items()}
 
 
 def _with_mismatched(make: Make, rows: Selection, pad_id: int, some: np.ndarray, whole: Whole) -> Batch:

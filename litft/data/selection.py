@@ -19,6 +19,24 @@ BAD_ROWS = "bad rows skipped"
 
 
 @dataclass
+class Attached:
+    """Numbers that belong to rows, or to parts of them.
+
+    Attributes:
+        values: of all rows end to end, [any, ...].
+        offsets: where each row's begin and the last's end, int64 [rows + 1].
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some rows, in their order."""
+        parts = [self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        return np.concatenate(parts) if parts else self.values[:0]
+
+
+@dataclass
 class Selection:
     """Rows of one or more stores.
 
@@ -41,8 +59,8 @@ class Selection:
     max_length: int
     cut: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
-    reference: np.ndarray | None = None
-    """Log-probabilities of the documents under a reference, fp32 [rows, documents], where they are known ahead."""
+    attached: dict[str, Attached] = field(default_factory=dict)
+    """What was computed of the rows ahead, and goes into their micro-batches under these names."""
 
     def __len__(self) -> int:
         return len(self.file_of_row)

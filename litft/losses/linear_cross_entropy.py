@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.ahead = ahead or not to_matrix
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
-            gradients = _Gradients(ctx, hidden, weight, bias)
+            gradients = Gradients(ctx, hidden, weight, bias)
             wanted = ctx.ahead and (to_hidden or to_matrix)
             for rows, logits in gradients.blocks():
                 nll[rows] = _nll(logits, targets[rows], scale, softcap, gradient=wanted)
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight, d_bias = (None if d is None else d * factor for d in (d_weight, d_bias))
         else:
             with torch.autocast(hidden.device.type, enabled=False):
-                gradients = _Gradients(ctx, hidden, weight, bias)
+                gradients = Gradients(ctx, hidden, weight, bias)
                 for rows, logits in gradients.blocks():
                     _nll(logits, targets[rows], ctx.scale, ctx.softcap, gradient=True)
                     real = above[rows, None]
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-class _Gradients:
+class Gradients:
     """The gradients of hidden states, matrix and bias, each where it is needed, gathered from blocks of rows."""
 
     def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

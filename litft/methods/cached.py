@@ -1,97 +1,121 @@
-"""A reference's log-probabilities of all rows, computed once before training and kept on disk."""
+"""What another model says of all rows, computed once before training and kept on disk."""
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from litft.data import tokens
+from litft.data.batch import Batch
 from litft.data.layout import lay_out
 from litft.data.loader import Whole
 from litft.data.progress import Progress
-from litft.data.selection import Selection
+from litft.data.selection import Attached, Selection
 from litft.models.alias import cache_dir
-from litft.models.load import fingerprint
+
+Compute = Callable[[Batch], dict[str, Tensor]]
+"""A micro-batch to numbers of its rows, by name; each fp32 or int32 [any, ...]."""
 
 
-def prepare(method: Any, data: Any) -> None:
-    """Give each of the data's selections the log-probabilities of its documents.
+def attach(
+    data: Any,
+    device: torch.device,
+    key: list[Any],
+    counts: Callable[[Selection], np.ndarray],
+    compute: Callable[[], Compute],
+    what: str,
+) -> None:
+    """Give each of the data's selections what `compute` says of its rows.
 
     Args:
-        method: a `Referenced`, its model built and before training, or at a checkpoint's weights.
-        data: planned, with the method.
+        data: planned.
+        device: where micro-batches go.
+        key: what decides the numbers beside the rows' tokens.
+        counts: how many numbers each row of a selection has, [rows].
+        compute: makes the function; called where something is not on disk yet.
+        what: is computed, for the progress line.
     """
-    reference = None
+    ready: Compute | None = None
     for name, rows in {"train": data.selection, **data.val_selections}.items():
-        path = cache_dir() / "reference" / f"{_key(method, rows)}.npy"
-        found = _read(path, rows) if _all(path.is_file()) else None
-        if found is None:
-            reference = method.reference = reference or method.make_reference()
-            found = _compute(method, data, rows, name)
+        offsets = np.concatenate([[0], np.cumsum(counts(rows))])
+        path = cache_dir() / "computed" / f"{_key(rows, key)}.npz"
+        found = _read(path, int(offsets[-1]))
+        if not _all_have(found):
+            ready = ready or compute()
+            found = _of_all_rows(data, rows, offsets, device, ready, f"{what}, {name}")
             if not (distributed.is_initialized() and distributed.get_rank()):
                 _write(path, found)
-        rows.reference = found
-    method.reference = None  # a frozen copy is memory that nothing needs any more
+        rows.attached |= {name: Attached(values, offsets) for name, values in (found or {}).items()}
 
 
-def _key(method: Any, rows: Selection) -> str:
-    """A hash of what decides the numbers: the rows' tokens, the model and how it is computed."""
+def _key(rows: Selection, key: list[Any]) -> str:
     content = [store.digest for store in rows.stores]
     which = [rows.file_of_row.tolist(), rows.row_of_file.tolist(), rows.max_length]
-    storage = getattr(method.tuner, "quant", None)
-    model = fingerprint(method.source), str(method.compute_dtype), storage, method.prompts_too
-    return tokens.cache_key(content, which, model)
+    return tokens.cache_key(content, which, key)
 
 
-def _all(here: bool) -> bool:
-    """Whether something is so on every process."""
+def _all_have(found: Any) -> bool:
+    """Whether the numbers are there in every process."""
     if not distributed.is_initialized():
-        return here
-    agreed = torch.tensor(int(here), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+        return found is not None
+    agreed = torch.tensor(int(found is not None), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(agreed, distributed.ReduceOp.MIN)
     return bool(agreed)
 
 
-def _read(path: Path, rows: Selection) -> np.ndarray | None:
+def _read(path: Path, count: int) -> dict[str, np.ndarray] | None:
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # damaged: computed anew
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError):  # not there, or damaged: computed anew
         return None
-    whole = found.dtype == np.float32 and found.shape == rows.lengths_of.shape and np.isfinite(found).all()
-    return found if whole else None
+    whole = all(len(values) == count and np.isfinite(values).all() for values in found.values())
+    return found if found and whole else None
 
 
-def _write(path: Path, found: np.ndarray) -> None:
+def _write(path: Path, found: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}.npy")
-    np.save(beside, found)
+    beside = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}.npz")
+    np.savez(beside, **found)  # type: ignore[arg-type]
     os.replace(beside, path)
 
 
-def _compute(method: Any, data: Any, rows: Selection, name: str) -> np.ndarray:
-    plan = data.plan
-    packs = lay_out(np.arange(len(rows)), rows.lengths, plan.tokens_per_batch, plan.ranks, plan.packing)[data._rank]
-    make, whole = data.maker(rows), Whole(np.arange(len(rows)), int(rows.trained.sum()))
-    found = torch.zeros(rows.lengths_of.shape, device=method.run_device)
-    counted = torch.zeros(len(rows), device=method.run_device)
-    done = 0
-    with Progress(f"reference of {name}") as advance:
+def _of_all_rows(
+    data: Any, rows: Selection, offsets: np.ndarray, device: torch.device, compute: Compute, what: str
+) -> dict[str, np.ndarray]:
+    """The numbers of all rows, each process computing its share."""
+    plan, make = data.plan, data.maker(rows)
+    whole = Whole(np.arange(len(rows)), int(rows.trained.sum()))
+    packs = lay_out(whole.rows, rows.lengths, plan.tokens_per_batch, plan.ranks, plan.packing)[data._rank]
+    found: dict[str, Tensor] = {}
+    times = torch.zeros(int(offsets[-1]), device=device)
+    with Progress(what) as advance, torch.no_grad():
+        done = 0
         for some in packs:
-            batch = make(some, whole)
-            batch = {k: v.to(method.run_device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            log_p = method.reference_log_p(batch)
-            index = torch.from_numpy(some).to(method.run_device)
-            found[index] = log_p.view(len(some), -1)
-            counted[index] = 1
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in make(some, whole).items()}
+            parts = [np.arange(offsets[row], offsets[row + 1]) for row in some]
+            index = torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, np.int64)).to(device)
+            times[index] = 1
+            for name, values in compute(batch).items():
+                if name not in found:
+                    found[name] = values.new_zeros((int(offsets[-1]), *values.shape[1:]))
+                found[name][index] = values
             done += len(some)
             advance(done)
     if distributed.is_initialized():
-        distributed.all_reduce(found)
-        distributed.all_reduce(counted)
-    return (found / counted[:, None]).cpu().numpy()
+        distributed.all_reduce(times)
+        for values in found.values():  # each row is somebody's, or of a group's that shares its computing
+            distributed.all_reduce(values)
+            values.div_(times.view(-1, *(1,) * (values.ndim - 1)), rounding_mode=_whole_numbers(values))
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
+def _whole_numbers(values: Tensor) -> Any:
+    return None if values.is_floating_point() else "floor"

@@ -29,6 +29,7 @@ class CPO(Preference):
 
     def __init__(
         self,
+        *args: Any,
         loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
@@ -36,7 +37,7 @@ class CPO(Preference):
         nll_on: Literal["answer", "all"] = "answer",
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*args, **options)
         if beta <= 0 or nll_weight < 0 or not 0 <= label_smoothing < 0.5:
             raise UserError("--model.beta above 0, nll_weight at least 0, label_smoothing at least 0 and below 0.5")
         self.loss_type, self.beta, self.label_smoothing = loss_type, beta, label_smoothing
@@ -81,6 +82,7 @@ class SimPO(CPO):
 
     def __init__(
         self,
+        *args: Any,
         beta: float = 2.0,
         gamma: float = 1.0,
         label_smoothing: float = 0.0,
@@ -89,5 +91,5 @@ class SimPO(CPO):
         **options: Any,
     ) -> None:
         own = {"beta": beta, "label_smoothing": label_smoothing, "nll_weight": nll_weight, "nll_on": nll_on}
-        super().__init__(loss_type="sigmoid", **own, **options)  # type: ignore[arg-type]
+        super().__init__(*args, loss_type="sigmoid", **own, **options)  # type: ignore[arg-type]
         self.gamma = gamma

@@ -32,6 +32,7 @@ class DPO(Referenced):
 
     def __init__(
         self,
+        *args: Any,
         loss_type: list[str] | str = "sigmoid",
         loss_weights: list[float] | None = None,
         beta: float = 0.1,
@@ -41,7 +42,7 @@ class DPO(Referenced):
         discopop_tau: float = 0.05,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*args, **options)
         names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         weights = loss_weights or [1.0] * len(names)
         for name in names:
@@ -61,8 +62,9 @@ class DPO(Referenced):
 
     def terms(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """The mix of losses of each pair; the chosen answers' cross-entropy is one over tokens."""
+        reference = self.reference_log_p(batch)  # first, while nothing is kept for the backward pass
         found = self.answers(batch)
-        pairs = self._pairs(found, self.reference_log_p(batch), batch.get("ahead"))
+        pairs = self._pairs(found, reference, batch.get("ahead"))
         beta = self.settings.beta
         self.measure(beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach(), found.log_p)
         losses, more = torch.zeros_like(pairs.chosen), torch.zeros(())

@@ -32,12 +32,13 @@ class KTO(Referenced):
 
     def __init__(
         self,
+        *args: Any,
         beta: float = 0.1,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*args, **options)
         if beta <= 0 or min(desirable_weight, undesirable_weight) < 0:
             raise UserError("--model.beta above 0, --model.desirable_weight and undesirable_weight at least 0")
         if self.reference_kind == "cached":
@@ -60,8 +61,10 @@ class KTO(Referenced):
 
     def terms(self, batch: Batch) -> tuple[Tensor, float]:
         """The weighted loss of each row."""
-        found, good, kl = self.answers(batch), batch["values"] > 0.5, batch["ahead"]
-        ratio = found.log_p - self.reference_log_p(batch)
+        good, kl = batch["values"] > 0.5, batch["ahead"]
+        reference = self.reference_log_p(batch)  # first, while nothing is kept for the backward pass
+        found = self.answers(batch)
+        ratio = found.log_p - reference
         losses = preference.kto(ratio, good, kl, self.beta)
         self._measure(self.beta * ratio.detach(), found.log_p, good, kl)
         return torch.where(good, self.weights[0], self.weights[1]) * losses, 0.0

@@ -25,8 +25,10 @@ class ORPO(Preference):
     measured: ClassVar[tuple[str, ...]] = (*REWARDS, "nll_loss", "log_odds_chosen", "log_odds_ratio")
     lrs: ClassVar[tuple[float, float] | None] = (5e-5, 8e-6)
 
-    def __init__(self, beta: float = 0.1, nll_on: Literal["answer", "all"] = "answer", **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self, *args: Any, beta: float = 0.1, nll_on: Literal["answer", "all"] = "answer", **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
         if beta <= 0:
             raise UserError(f"--model.beta {beta}: must be above 0")
         self.beta, self.prompts_too = beta, nll_on == "all"

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,13 +130,14 @@ class Referenced(Preference):
 
     def __init__(
         self,
+        *args: Any,
         reference: Literal["live", "cached"] = "live",
         offload_reference: bool = False,
         sync_reference: int = 0,
         sync_share: float = 0.6,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*args, **options)
         self.reference_kind, self.offload_reference = reference, offload_reference
         self.sync_reference, self.sync_share = sync_reference, sync_share
         if sync_reference < 0 or not 0 < sync_share <= 1:
@@ -163,7 +165,7 @@ class Referenced(Preference):
             found: Tensor = batch["reference"]
             return found
         if self.reference is None:
-            raise RuntimeError("reference: cached, but nothing was computed ahead (litft.methods.cached.prepare)")
+            raise RuntimeError("reference: cached, but nothing was computed ahead (cache_reference)")
         with self.reference.active() as net:
             return self.answers(batch, net).log_p
 
@@ -171,10 +173,21 @@ class Referenced(Preference):
         """Compile the layers, and compute ahead what is to be known ahead; Trainer's hook."""
         super().on_fit_start()
         if self.reference_kind == "cached":
-            from litft.methods.cached import prepare
-
             with self.trainer.precision_plugin.forward_context():
-                prepare(self, self.trainer.datamodule)  # type: ignore[attr-defined]
+                self.cache_reference(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def cache_reference(self, data: Any) -> None:
+        """Compute the reference's log-probabilities of all of the data's rows, or read them where they are on disk."""
+        from litft.methods.cached import attach
+        from litft.models.load import fingerprint
+
+        def compute() -> Any:
+            self.reference = self.reference or self.make_reference()
+            return lambda batch: {"reference": self.reference_log_p(batch)}
+
+        key = [fingerprint(self.source), str(self.compute_dtype), getattr(self.tuner, "quant", None), self.prompts_too]
+        attach(data, self.run_device, key, lambda rows: np.full(len(rows), 2), compute, "reference")
+        self.reference = None  # a frozen copy is memory that nothing needs any more
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the reference follow; Trainer's hook."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from litft.models.parts import local
 from litft.tuners import Full, LoRA
 from litft.tuners.base import Applied
+from litft.tuners.lora import replace
+from litft.tuners.quant import quantise
 from litft.tuners.targets import is_linear
 
 if TYPE_CHECKING:
@@ -21,12 +23,25 @@ if TYPE_CHECKING:
 
 
 class Frozen(Full):
-    """Nothing learns; the weights are those that full tuning begins with."""
+    """Nothing learns; the weights are those that full tuning begins with.
+
+    Args:
+        quant: how linear layers are stored, nf4 or int8; as they are by default.
+    """
+
+    def __init__(self, quant: Any = None) -> None:
+        self.quant = quant
 
     def apply(self, model: PreTrainedModel) -> Applied:
         """Freeze."""
         model.requires_grad_(False)
-        return Applied(trainable=0, total=sum(param.numel() for param in model.parameters()))
+        total = sum(param.numel() for param in model.parameters())
+        if self.quant is not None:
+            head = model.get_output_embeddings()
+            for name, module in list(model.named_modules()):
+                if is_linear(module) and module is not head:
+                    replace(model, name, quantise(module, self.quant))
+        return Applied(trainable=0, total=total)
 
 
 class Reference:
@@ -51,7 +66,7 @@ class Reference:
             learning = method.tuner.trainable_state(method.net.model)
             self.copy = {name: local(value).clone() for name, value in learning.items()}
         elif not adapter:
-            self._net = [_frozen_copy(method, precision, offload, exact=moves).net]
+            self._net = [frozen(method, precision, None, offload, exact=moves).net]
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -79,7 +94,7 @@ class Reference:
     def _swap(self) -> None:
         learning = self.method.tuner.trainable_state(self.method.net.model) if self.copy else {}
         for name, kept in self.copy.items():
-            here = local(learning[name])
+            here = local(learning[name]).data  # its own pass backward may be still to come: they will be back by then
             before = here.clone()
             here.copy_(kept)
             kept.copy_(before)
@@ -108,13 +123,29 @@ class Reference:
             kept.copy_(state[name])
 
 
-def _frozen_copy(method: Method, precision: str, offload: bool, exact: bool) -> Method:
-    """A method with the same model, of which nothing learns."""
+def frozen(
+    method: Method,
+    precision: str,
+    path: str | None = None,
+    offload: bool = False,
+    exact: bool = False,
+    quant: Any = None,
+) -> Method:
+    """A method with a model of which nothing learns, built for where another one runs.
+
+    Args:
+        method: the other one, built.
+        precision: Lightning's name.
+        path: of the model; that of the other one by default.
+        offload: keep its layers in the host's memory, beside a GPU.
+        exact: keep all weights in fp32 also where products round them.
+        quant: of its linear layers' weights, nf4 or int8.
+    """
     from litft.methods.sft import SFT
 
     twin = SFT(
-        method.path,
-        Frozen(),
+        path or method.path,
+        Frozen(quant),
         optimizer=method.optimizer_name,
         offload="parameters" if offload else "none",
         recompute="full" if offload else "none",
@@ -123,18 +154,19 @@ def _frozen_copy(method: Method, precision: str, offload: bool, exact: bool) -> 
         fast_attention=method.fast_attention,
         fast_loss=method.fast_loss,
         liger=method.liger,
-        revision=method.revision,
+        revision=None if path else method.revision,
         trust_remote_code=method.trust_remote_code,
     )
-    twin.__dict__.update(tokenizer=method.tokenizer, source=method.source)
-    twin.new_tokens = method.new_tokens
+    if path is None:
+        twin.__dict__.update(tokenizer=method.tokenizer, source=method.source)
+        twin.new_tokens = method.new_tokens
     twin.build(precision, method.run_device, method.parallel)
     twin.net.eval()
     if method.compute_dtype is not None and not method.parallel and not exact:
         embedding = twin.net.model.get_input_embeddings()
         for module in twin.net.modules():  # the products would round them on each pass
             weight: Any = getattr(module, "weight", None)
-            if is_linear(module) and weight is not embedding.weight:
+            if is_linear(module) and weight is not embedding.weight and weight.is_floating_point():
                 weight.data = weight.data.to(method.compute_dtype)
     if not method.parallel and not twin.offloaded:
         twin.net.to(method.run_device)

@@ -52,11 +52,13 @@ class CausalLM(nn.Module):
         """Run the model over a micro-batch.
 
         Args:
-            batch: what `litft.data.batch` makes.
+            batch: what `litft.data.batch` makes; a function under `with_head` is called with the head (or None) and
+                what reaches it at the targets (or their logits), while the head's weights are whole, in the place of
+                the negative log-probabilities.
 
         Returns:
-            `nll`: `-log p(target)` of each target, fp32 [targets]; with `balance_experts`, `balance`: the balance loss
-            of each document, fp32 [documents].
+            `with_head`: what that function returns; else `nll`: `-log p(target)` of each target, fp32
+            [targets]; with `balance_experts`, `balance`: the balance loss of each document, fp32 [documents].
 
         Raises:
             RuntimeError: for a packed row where the model's attention wouldn't keep documents apart.
@@ -72,11 +74,13 @@ class CausalLM(nn.Module):
                 output = self.model(**self._inputs(batch))
             last = caught[0]
         last = last[batch["target_rows"], batch["target_columns"]] if "attention_mask" in batch else last[0]
-        if self.head is None:
+        if "with_head" in batch:
+            found = {"with_head": batch["with_head"](self.head, last)}
+        elif self.head is None:
             found = {"nll": F.cross_entropy(last.float(), batch["target_ids"], reduction="none")}
         else:
             found = {"nll": self.head.nll(last, batch["target_ids"], self.alike)}
-        if batch is not whole:
+        if batch is not whole and "nll" in found:
             found["nll"] = gather(found["nll"], batch["counts"], batch["context_group"])
         if self.balance_experts:
             router_logits = output.router_logits

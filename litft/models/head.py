@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from litft.losses.linear_cross_entropy import linear_cross_entropy
+from litft.losses.distillation import bend
+from litft.losses.linear_cross_entropy import ROWS, linear_cross_entropy
 from litft.models.parts import stored
 from litft.models.quiet import quiet
 
@@ -45,6 +46,14 @@ class Head:
         bias = getattr(module, "bias", None)
         bent = {"scale": self.scale, "softcap": self.softcap}
         return linear_cross_entropy(hidden, module.weight, targets, bias, **bent, ahead=alike)
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Logits fp32 [rows, vocabulary] of what reaches the head, the product in `dtype`."""
+        module: Any = self.module
+        filled = F.pad(hidden.to(dtype), (0, 0, 0, -len(hidden) % ROWS))  # as the loss's blocks are
+        bias = getattr(module, "bias", None)
+        logits = F.linear(filled, module.weight.to(dtype), None if bias is None else bias.to(dtype))
+        return bend(logits[: len(hidden)].float(), self.scale, self.softcap)
 
     @contextmanager
     def held_back(self) -> Iterator[list[Tensor]]:
