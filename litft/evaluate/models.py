@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from litft.data.chat import DEFAULT_MAX_LENGTH
 from litft.errors import UserError
+from litft.models.alias import DEFAULT_MODEL, cache_dir
 from litft.models.load import fingerprint, load_config, load_tokenizer
 from litft.models.resolve import ModelSource, resolve
 
@@ -114,6 +115,8 @@ def baseline_of(name: str, tuned: Candidate) -> Candidate:
     if name == BASE and not Path(BASE).is_dir():
         if tuned.source.adapter is not None:
             name, revision = tuned.source.base_name, tuned.source.revision
+            if Path(name) == cache_dir() / "models" / DEFAULT_MODEL:
+                name = DEFAULT_MODEL
         elif path := training_settings(tuned.name).get("model", {}).get("path"):
             name, revision = path, training_settings(tuned.name)["model"].get("revision")
         else:
