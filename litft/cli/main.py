@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 import sys
 import traceback
@@ -24,6 +25,10 @@ VERBS = {
     "download": "fetch a model from the hub: litft download ID",
     "doctor": "what this machine has, and what is missing: litft doctor",
 }
+
+
+_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+"""Loggers that warn, at import, of kernels which this machine can't use anyway."""
 
 
 def usage() -> str:
@@ -54,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from litft.errors import Failed, UserError
 
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if argv[0] not in VERBS:
             import difflib
