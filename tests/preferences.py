@@ -1,4 +1,4 @@
-"""Preference rows for tests: pairs and labelled answers over the tiny tokenizer's words, and a model that reads them."""
+"""Preference rows for tests: pairs and labelled answers in the tiny tokenizer's words, and a model that reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny import CHATML, save_tiny, tiny_tokenizer, write_jsonl
 
 NO_NEWLINE = CHATML.replace("'<|im_end|>' + '\\n'", "'<|im_end|>'")
 """ChatML that ends with the end of the turn, as TRL then counts the same completion tokens as we do."""
-_WORDS = "sun moon river stone bird old quick under nine because what light".split()
+_WORDS = ["sun", "moon", "river", "stone", "bird", "old", "quick", "under", "nine", "because", "what", "light"]
 Row = dict[str, Any]
 
 
