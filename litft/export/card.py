@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 CARD = "README.md"
 HERE = '"."  # this folder, or its id on the hub'
 """What the card's code names, so that it runs where the card lies; `litft push` puts the repository's id there."""
+LOADING = "## How to load"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
+_OURS = "made with litft."
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,42 @@ def model_card(folder: str | Path, base: Base | None = None, training: Training 
     if base:
         link = f"[{name}](https://huggingface.co/{name})" if name == base.hub_id else f"`{name}`"
         kind += f" for {link}" if adapter else f", fine-tuned from {link}"
-    parts += [f"{kind}; made with litft.", ""]
+    parts += [f"{kind}; {_OURS}", ""]
     parts += _table(_facts(base, training, adapter, how))
     if training and training.settings:
         parts += ["", "## Hyperparameters", "", *_table([(key, _said(v)) for key, v in training.settings.items()])]
-    parts += ["", "## How to load", "", *_loading(folder, base, adapter)]
+    parts += ["", LOADING, "", *_loading(folder, base, adapter)]
     losses = "the held-out loss above" if training and training.losses_after else "anything"
     parts += ["", "## Limits", "", f"This card reports no test beyond {losses}. What the base may not be used for,"]
     parts += ["and what it gets wrong, holds for this model too: see the base's own card.", ""]
     return "\n".join(parts)
+
+
+def derived_card(source: ModelSource, folder: Path) -> str | None:
+    """The card of what was made from a fine-tuned model: merged, in another dtype, quantised.
+
+    Args:
+        source: with a card of `model_card`, or another's.
+        folder: of what was made, with its config.json or adapter_config.json.
+
+    Returns:
+        What the source's card says of its training, with the code that loads what was made; another's card as it is;
+        None where a whole model has none.
+    """
+    from huggingface_hub import ModelCard
+
+    file, base = (source.adapter or source.folder) / CARD, base_of(source)
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if _OURS not in text or LOADING not in text:
+        return model_card(folder, base) if source.adapter else text or None
+    own = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    code = "\n".join([LOADING, "", *_loading(folder, base, own), "", ""])
+    text = re.sub(rf"^{LOADING}$.*?(?=^## |\Z)", lambda _: code, text, flags=re.S | re.M)
+    if own is None:
+        text = text.replace("\nA PEFT adapter for ", "\nA language model, fine-tuned from ")
+    card = ModelCard(text, ignore_metadata_errors=True)
+    card.data["library_name"] = "peft" if own else "transformers"
+    return str(card)
 
 
 def on_hub(card: str, repo: str, base: str | None = None) -> str:
@@ -248,22 +276,19 @@ def _loading(folder: Path, base: Base | None, adapter: Mapping[str, Any] | None)
         "answer = model.generate(**inputs, max_new_tokens=64)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
-    serve = "vllm serve ."
-    if adapter and _is_plain(adapter):
-        rank = next((r for r in _RANKS if r >= adapter["r"]), adapter["r"])
-        serve = (
-            f"vllm serve {base.name if base else 'BASE'} --enable-lora --max-lora-rank {rank} --lora-modules tuned=."
-        )
-    elif adapter:
-        serve = "litft merge . --out merged && vllm serve merged  # vLLM takes no adapter of this kind"
+    serve = "vllm serve ." if adapter is None else _serving(folder, base, adapter)
     lines = [f"With {package}:", "", "```python", *code, "```", "", "With litft, or served by vLLM:", ""]
     return [*lines, "```bash", 'litft generate . --prompt "Hello"', serve, "```"]
 
 
-def _is_plain(adapter: Mapping[str, Any]) -> bool:
-    """Whether an adapter is nothing but A and B of one rank, which is what servers take."""
-    more = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "rank_pattern")
-    return adapter.get("peft_type") == "LORA" and not any(adapter.get(key) for key in more)
+def _serving(folder: Path, base: Base | None, adapter: Mapping[str, Any]) -> str:
+    """How vLLM serves an adapter beside its base, or merged where it doesn't take it."""
+    from litft.export.vllm import beyond_vllm, served_rank
+
+    if adapter.get("peft_type") != "LORA" or beyond_vllm(folder):
+        return "litft merge . --out merged && vllm serve merged  # vLLM takes no adapter of this kind"
+    named, rank = base.name if base else "BASE", served_rank(adapter["r"])
+    return f"vllm serve {named} --enable-lora --max-lora-rank {rank} --lora-modules tuned=."
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
@@ -281,4 +306,15 @@ def _plain(text: Any) -> str:
     return re.sub(r"[^\w .,;:+/@#%()=-]", "", str(text).replace("\n", " "))[:120].strip() if text else ""
 
 
-__all__ = ["CARD", "HERE", "Base", "Training", "base_of", "front_matter", "is_repo_id", "model_card", "on_hub"]
+__all__ = [
+    "CARD",
+    "HERE",
+    "Base",
+    "Training",
+    "base_of",
+    "derived_card",
+    "front_matter",
+    "is_repo_id",
+    "model_card",
+    "on_hub",
+]

@@ -219,15 +219,15 @@ def save_text_files(
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationConfig,
     folder: Path,
-    card: Callable[[Path], str] | None = None,
+    card: Callable[[Path], str | None] | None = None,
 ) -> None:
     """Write the tokenizer with its chat template, generation_config.json and, from all that, README.md."""
     tokenizer.save_pretrained(folder)
     # to_json_file, because save_pretrained refuses a changed copy of a published file that was inconsistent before
     # (a temperature without do_sample, say); such a file keeps its meaning here.
     generation.to_json_file(folder / "generation_config.json")
-    if card is not None:
-        (folder / "README.md").write_text(card(folder), encoding="utf-8")
+    if card is not None and (text := card(folder)):
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _is_first_rank() -> bool:

@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from litft.export.card import derived_card
 from litft.export.final import clean_tokenizer, control_ids, generation_settings, new_folder, save_text_files
 from litft.export.weights import exported_config, full_state_dict, save_weights, split, stored_dtype, write_index
 from litft.models.quiet import quiet
@@ -210,7 +212,7 @@ def write_settings(
     dtype: torch.dtype | None,
     folder: Path,
 ) -> None:
-    """Write config.json, generation_config.json and the tokenizer of a model folder.
+    """Write config.json, generation_config.json, the tokenizer and the card of a model folder.
 
     Args:
         source: that it is made from.
@@ -226,7 +228,7 @@ def write_settings(
     config.use_cache = config.get_text_config().use_cache = True
     config.eos_token_id = generation.eos_token_id
     config.save_pretrained(folder)
-    save_text_files(clean_tokenizer(tokenizer, stops), generation, folder)
+    save_text_files(clean_tokenizer(tokenizer, stops), generation, folder, partial(derived_card, source))
 
 
 def own_settings(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
@@ -282,7 +284,7 @@ def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None) ->
 
         config = AutoConfig.from_pretrained(source.folder)
         generation = generation_settings(own_settings(source, config), tokenizer, stops)
-        save_text_files(clean_tokenizer(tokenizer, stops), generation, new)
+        save_text_files(clean_tokenizer(tokenizer, stops), generation, new, partial(derived_card, source))
 
 
 def quantised_in_training(adapter: Path) -> str | None:

@@ -138,3 +138,28 @@ def test_servers_are_not_offered_an_adapter_that_they_refuse(finals: dict[str, P
     config = (tmp_path / "adapter_config.json").read_text().replace('"use_dora": false', '"use_dora": true')
     (tmp_path / "adapter_config.json").write_text(config)
     assert "litft merge . --out merged" in code_of(model_card(tmp_path, Base("b")), "bash")
+
+
+def test_a_merged_model_keeps_what_its_adapter_tells_and_loads_as_a_model(
+    finals: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = tmp_path / "merged"
+    assert main(["merge", str(finals["adapter"]), "--out", str(merged)]) == 0
+    before, after = (ModelCard.load(folder / "README.md") for folder in (finals["adapter"], merged))
+    assert after.data.library_name == "transformers" and after.data.license_name == "tiny-licence"
+    for said in ("| r | 4 |", "before, ", "36 rows", "A language model, fine-tuned from `tiny-base`", "## Limits"):
+        assert said in after.text, said
+    assert code_of(after.text, "bash").splitlines()[1] == "vllm serve ." and "Peft" not in after.text
+    assert (
+        before.text.partition("## How to load")[0].splitlines()[4:]
+        == (after.text.partition("## How to load")[0].splitlines()[4:])
+    )
+    monkeypatch.chdir(merged)
+    exec(code_of(after.text, "python"), {})
+
+
+def test_what_others_wrote_of_a_model_goes_with_it(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    (base / "README.md").write_text(BASE_CARD)
+    assert main(["export", str(base), "--to", "hf", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "README.md").read_text() == BASE_CARD
