@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"litft serve needs {error.name}\nmend: pip install 'litft[serve]'") from error
-    from litft.serve.server import is_local, listen, model_name, serve
+    from litft.serve.server import Server, is_local, listen, model_name
 
     key = args.api_key if args.api_key is not None else os.environ.get(KEY) or None
     if key is not None and (not key.isascii() or not key.isprintable() or key != key.strip() or not key):
@@ -57,17 +57,8 @@ def main(argv: list[str]) -> int:
 
         if key is None and not is_local(args.host):
             print(f"warning: {args.host} is open to others, and there is no --api_key", file=sys.stderr)
-        serve(
-            bundle,
-            sock,
-            name=name,
-            api_key=key,
-            slots=args.slots,
-            max_queue=args.max_queue,
-            max_tokens=args.max_tokens,
-            max_body=args.max_body_kb << 10,
-            ready=ready,
-        )
+        limits = {"max_queue": args.max_queue, "max_tokens": args.max_tokens, "max_body": args.max_body_kb << 10}
+        Server(bundle, sock, name=name, api_key=key, slots=args.slots, ready=ready, **limits).run()
     return 0
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _READ = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 _ELSEWHERE = {"max_new_tokens", "max_length", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache"}
 _ELSEWHERE |= {"stop_strings", "num_return_sequences", "transformers_version", "cache_implementation"}
+_ELSEWHERE |= {"length_penalty", "early_stopping"}  # of beams only
+_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "encoder_repetition_penalty": 1.0, "typical_p": 1.0}
+_NEUTRAL |= {"guidance_scale": 1.0}
 _FIRST = 1024  # likeliest tokens looked at before all of them are sorted, which is slow and hardly ever needed
 
 
@@ -54,13 +57,11 @@ class Sampling:
 
 def not_read(settings: GenerationConfig) -> list[str]:
     """The settings that `Sampling` does not know and that change what transformers' `generate` does."""
-    from transformers import GenerationConfig
-
-    plain, said = GenerationConfig().to_dict(), settings.to_dict()
+    known = _READ | _ELSEWHERE
     return [
         key
-        for key, value in said.items()
-        if not key.startswith("_") and key not in _READ | _ELSEWHERE and value != plain.get(key) and value is not None
+        for key, value in settings.to_dict().items()
+        if value and key not in known and value != _NEUTRAL.get(key) and not key.startswith(("_", "output_", "return_"))
     ]
 
 

@@ -49,8 +49,8 @@ class Answers:
 
         for number, request in enumerate(self.requests):
             if self.asked.stream:
-                request.on_text = lambda piece, n=number, r=request: tell(n, piece, len(r.new))  # type: ignore[misc]
-            request.on_end = lambda r, n=number: tell(n, "", -1)  # type: ignore[misc]
+                request.on_text = lambda piece, n=number, r=request: tell(n, piece, len(r.new))
+            request.on_end = lambda r, n=number: tell(n, "", -1)
         try:
             worker.submit(self.requests)
         except Full:
@@ -115,7 +115,7 @@ class Answers:
                     told[index] = until
                 else:
                     logprobs = None
-                if piece or logprobs:
+                if piece or (logprobs and (logprobs.get("content") or logprobs.get("tokens"))):
                     yield event([choice(index, piece, None, logprobs)])
                 if over:
                     yield event([choice(index, "", request.finish, None)])

@@ -1,7 +1,7 @@
 """The HTTP side: OpenAI's paths over the worker, who may call them, and errors in OpenAI's shape.
 
-FastAPI and uvicorn rather than LitServe: LitServe batches in fixed batches and hands requests to other processes, while
-rows here enter and leave one engine between two tokens; its OpenAI layer has no /v1/completions and no log-probabilities.
+FastAPI and uvicorn rather than LitServe: that one gathers fixed batches and hands them to other processes, while
+rows here enter and leave one engine between two tokens; and its OpenAI layer has no /v1/completions and no logprobs.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class TextAsked(_Asked):
             bundle.encode(Conversation(text=part)) if isinstance(part, str) else part
             for part in (given if several else [given])
         ]
-        size = bundle.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, index]
+        size = bundle.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         if any(id >= size for row in rows for id in row):
             raise ApiError(400, f"a token id of the prompt is beyond the vocabulary of {size:,}", param="prompt")
         return rows

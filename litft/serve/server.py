@@ -1,4 +1,4 @@
-"""`serve`: a model behind a port, until somebody ends it."""
+"""A model behind a port, until somebody ends it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+
 from litft.errors import UserError
 from litft.infer.engine import Engine
 from litft.infer.load import ChatModel
+from litft.serve.app import build
+from litft.serve.worker import Worker
 
 PATIENCE = 4.0
 """Seconds that answers have to come to their end when the server goes down."""
@@ -49,20 +53,8 @@ def model_name(folder: str) -> str:
     return path.resolve().name if path.exists() else folder
 
 
-def serve(
-    bundle: ChatModel,
-    sock: socket.socket,
-    *,
-    name: str,
-    api_key: str | None = None,
-    slots: int = 16,
-    max_queue: int = 256,
-    max_tokens: int = 4096,
-    max_body: int = 1 << 20,
-    cache_bytes: float | None = None,
-    ready: Callable[[], None] | None = None,
-) -> None:
-    """Serve until SIGTERM or SIGINT; then what is being answered has `PATIENCE` seconds.
+class Server(uvicorn.Server):
+    """A model behind a port, run by `run` until SIGTERM, SIGINT or `should_exit`.
 
     Args:
         bundle: of `load_for_inference`.
@@ -76,38 +68,56 @@ def serve(
         cache_bytes: most memory for keys and values; None is half of what is free.
         ready: called once requests are taken.
     """
-    import uvicorn
 
-    from litft.serve.app import build
-    from litft.serve.worker import Worker
+    def __init__(
+        self,
+        bundle: ChatModel,
+        sock: socket.socket,
+        *,
+        name: str,
+        api_key: str | None = None,
+        slots: int = 16,
+        max_queue: int = 256,
+        max_tokens: int = 4096,
+        max_body: int = 1 << 20,
+        cache_bytes: float | None = None,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
+        if cache_bytes is None:
+            cache_bytes = free_memory(bundle.model.device) / 2
+        self.worker = Worker(Engine(bundle, slots=slots, cache_bytes=cache_bytes), max_queue=max_queue)
+        self._sock, self._ready = sock, ready
+        local = is_local(sock.getsockname()[0])
+        app = build(
+            bundle, self.worker, name=name, api_key=api_key, local=local, max_tokens=max_tokens, max_body=max_body
+        )
+        hard_end = int(PATIENCE) + 2
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=hard_end
+            )
+        )
 
-    if cache_bytes is None:
-        cache_bytes = free_memory(bundle.model.device) / 2
-    worker = Worker(Engine(bundle, slots=slots, cache_bytes=cache_bytes), max_queue=max_queue)
-    host = sock.getsockname()[0]
-    app = build(
-        bundle, worker, name=name, api_key=api_key, local=is_local(host), max_tokens=max_tokens, max_body=max_body
-    )
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve to the end; then what is being answered has `PATIENCE` seconds."""
+        self.worker.start()
+        try:
+            super().run(sockets=[self._sock])
+        finally:
+            self.worker.close(0)
+            self.worker.join(2)
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if ready is not None and self.started:
-                ready()
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn."""
+        await super().startup(sockets)
+        if self._ready is not None and self.started:
+            self._ready()
 
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            closing = asyncio.get_running_loop().run_in_executor(None, worker.close, PATIENCE)
-            await super().shutdown(sockets)
-            await closing
-
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=int(PATIENCE) + 2
-    )
-    worker.start()
-    try:
-        Server(config).run(sockets=[sock])
-    finally:
-        worker.join(2)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn, which waits for open connections."""
+        closing = asyncio.get_running_loop().run_in_executor(None, self.worker.close, PATIENCE)
+        await super().shutdown(sockets)
+        await closing
 
 
 def free_memory(device: Any) -> float:
