@@ -45,6 +45,7 @@ class Command:
 
 
 _REFERENCED = ("litft", "methods/preference.py", "Referenced")
+_CONTRASTIVE = ("litft", "methods/cpo.py", "Contrastive")
 
 
 def _on_preferences(name: str, file: str, *more: Place) -> Command:
@@ -57,8 +58,8 @@ METHODS = {
     "distill": Command("litft.Distill", places=(("litft", "methods/distill.py", "Distill"), _SFT)),
     "dpo": _on_preferences("DPO", "methods/dpo.py", _REFERENCED),
     "orpo": _on_preferences("ORPO", "methods/orpo.py"),
-    "simpo": _on_preferences("SimPO", "methods/cpo.py", ("litft", "methods/cpo.py", "CPO")),
-    "cpo": _on_preferences("CPO", "methods/cpo.py"),
+    "simpo": _on_preferences("SimPO", "methods/cpo.py", _CONTRASTIVE),
+    "cpo": _on_preferences("CPO", "methods/cpo.py", _CONTRASTIVE),
     "kto": _on_preferences("KTO", "methods/kto.py", _REFERENCED),
 }
 """By the word after `litft finetune`; the first three are supervised fine-tuning with that tuner."""

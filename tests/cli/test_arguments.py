@@ -135,7 +135,8 @@ def test_one_wrong_letter_in_any_key_gets_a_hint(key: str, position: int, letter
 # ---- the keys themselves
 
 
-def test_keys_are_those_of_the_classes() -> None:
+@pytest.mark.parametrize("method", keys.METHODS)
+def test_keys_are_those_of_the_classes(method: str) -> None:
     """Read from source; here held against what Python itself says of the imported classes."""
     from lightning import Trainer
 
@@ -143,28 +144,34 @@ def test_keys_are_those_of_the_classes() -> None:
     from litft.engine.samples import Samples
 
     def of(cls: type) -> set[str]:
-        return {
-            name
-            for name, p in inspect.signature(cls.__init__).parameters.items()
-            if name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
+        found: set[str] = set()
+        for owner in cls.__mro__:  # up to the one that hands nothing on
+            taken = inspect.signature(owner.__init__).parameters.items() if "__init__" in vars(owner) else ()
+            found |= {n for n, p in taken if n != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            if "__init__" in vars(owner) and not any(p.kind is p.VAR_KEYWORD for _, p in taken):
+                return found
+        return found
 
-    classes = {"model": litft.SFT, "data": litft.ChatData, "checkpoint": litft.Checkpoints, "samples": Samples}
+    command = keys.METHODS[method]
+    own = {name: getattr(litft, path.partition(".")[2]) for name, path in vars(command).items() if name != "places"}
+    classes = {"model": own["method"], "data": own["data"], "checkpoint": litft.Checkpoints, "samples": Samples}
     for group, cls in {**classes, "trainer": Trainer}.items():
-        found = {k.removeprefix(f"{group}.") for k in keys.known("lora")[0] if k.startswith(f"{group}.")}
+        found = {k.removeprefix(f"{group}.") for k in keys.known("lora", method)[0] if k.startswith(f"{group}.")}
         assert {k for k in found if "." not in k} == of(cls), group
     for tuner, options in {"full": set(), "lora": of(litft.LoRA), "qlora": of(litft.LoRA) | {"quant"}}.items():
         known = keys.known(tuner)[0]
         assert {k.removeprefix("model.tuner.") for k in known if k.startswith("model.tuner.")} == options
 
 
-def test_keys_are_those_of_the_parser() -> None:
+@pytest.mark.parametrize("method", keys.METHODS)
+def test_keys_are_those_of_the_parser(method: str) -> None:
     from litft.cli.finetune import _parse, _quiet
 
     _quiet()
-    parser = _parse(expand(["--data", "x.jsonl"], "lora")).parser
+    teacher = ["--model.teacher", "x"] if method == "distill" else []
+    parser = _parse(expand(["--data", "x.jsonl", *teacher], method), method).parser
     whole = {key for key, _ in parser.get_defaults(skip_validation=True).items()}
-    known = keys.known("lora")[0] | {"print_config"}
+    known = keys.known("lora", method)[0] | {"print_config"}
     assert {k for k in whole if not k.startswith("model.tuner")} <= known
     groups = {"model", "data", "checkpoint", "samples", "trainer", "print_config", "help"}
     assert {k for k in known - groups if not k.startswith("model.tuner")} <= whole | {"config"}
