@@ -15,6 +15,7 @@ _HOMES = {
     "SimPO": "litft.methods.cpo",
     "KTO": "litft.methods.kto",
     "Distill": "litft.methods.distill",
+    "Reward": "litft.methods.reward",
     "Method": "litft.methods.base",
     "Preference": "litft.methods.preference",
     "Full": "litft.tuners",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from litft.methods.kto import KTO as KTO
     from litft.methods.orpo import ORPO as ORPO
     from litft.methods.preference import Preference as Preference
+    from litft.methods.reward import Reward as Reward
     from litft.methods.sft import SFT as SFT
     from litft.tuners import Full as Full
     from litft.tuners import LoRA as LoRA

@@ -60,6 +60,7 @@ METHODS = {
     "orpo": _on_preferences("ORPO", "methods/orpo.py"),
     "simpo": _on_preferences("SimPO", "methods/cpo.py", _CONTRASTIVE),
     "cpo": _on_preferences("CPO", "methods/cpo.py", _CONTRASTIVE),
+    "reward": _on_preferences("Reward", "methods/reward.py"),
     "kto": _on_preferences("KTO", "methods/kto.py", _REFERENCED),
 }
 """By the word after `litft finetune`; the first three are supervised fine-tuning with that tuner."""

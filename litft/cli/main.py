@@ -14,6 +14,7 @@ VERBS = {
     "data": "look at training data: litft data check|show|stats FILE",
     "generate": "answer a prompt, or every row of a file: litft generate FOLDER --prompt TEXT",
     "evaluate": "loss and answers on rows, against a baseline: litft evaluate FOLDER --data FILE",
+    "score": "numbers of a reward model: litft score FOLDER --data FILE --out FILE",
     "chat": "talk to a model in the terminal: litft chat FOLDER",
     "serve": "behind OpenAI's HTTP interface, with a chat page: litft serve FOLDER",
     "merge": "an adapter into its base model: litft merge FOLDER --out DIR",

@@ -74,7 +74,7 @@ class Samples(Callback):
 
     def choose(self, trainer: Trainer) -> None:
         """Choose the prompts; none on a process that doesn't answer."""
-        if not self.can_answer(trainer):
+        if not self.can_answer(trainer) or getattr(trainer.lightning_module, "scores", False):
             return
         if self.prompts:
             asked: list[Any] = [{"role": "user", "content": text} for text in self.prompts]

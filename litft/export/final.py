@@ -80,8 +80,11 @@ def save_final(
             " whatever serves this model needs it as a stop text",
             tokenizer.convert_ids_to_tokens(sorted(stop_ids)),
         )
-    generation = generation_settings(plain.generation_config, tokenizer, stops)
+    own = getattr(plain, "generation_config", None)
+    generation = None if own is None else generation_settings(own, tokenizer, stops)
     tokenizer = clean_tokenizer(tokenizer, stops)
+    if generation is None:
+        tokenizer.pad_token = padding_token(tokenizer, stops)
 
     if not tuner.trains_base:
         with new_folder(folder) if _is_first_rank() else contextlib.nullcontext() as new:
@@ -94,7 +97,10 @@ def save_final(
     dtype = dtype or base_dtype(base, revision) or plain.dtype
     config = exported_config(plain, dtype)
     # Not the pad token: as `padding_idx` it would keep that token's embedding from learning if training goes on.
-    config.eos_token_id = generation.eos_token_id
+    if generation is not None:
+        config.eos_token_id = generation.eos_token_id
+    else:  # transformers reads a score at the last token that is no pad token
+        config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     by_tensor = is_sharded(plain) and published_names(plain, base, revision)
     state = {} if by_tensor else full_state_dict(model, dtype)
     with new_folder(folder) if _is_first_rank() else contextlib.nullcontext() as new:
@@ -108,6 +114,21 @@ def save_final(
             save_weights(plain, state, config, new)
         save_text_files(tokenizer, generation, new, card)
     return folder
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> str:
+    """A token that no conversation ends with, for whoever looks for the last one that isn't it.
+
+    Raises:
+        UserError: there is none.
+    """
+    named = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
+    spare = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    ends = {*stops, *as_ids(tokenizer.eos_token_id)}
+    for token in (*named, *spare):
+        if token and tokenizer.convert_tokens_to_ids(token) not in ends:
+            return token
+    raise UserError("the tokenizer has no special token to pad with but the end of a turn\nmend: --model.add_tokens")
 
 
 def published_names(model: nn.Module, base: str, revision: str | None) -> bool:
@@ -217,7 +238,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def save_text_files(
     tokenizer: PreTrainedTokenizerBase,
-    generation: GenerationConfig,
+    generation: GenerationConfig | None,
     folder: Path,
     card: Callable[[Path], str | None] | None = None,
 ) -> None:
@@ -225,7 +246,8 @@ def save_text_files(
     tokenizer.save_pretrained(folder)
     # to_json_file, because save_pretrained refuses a changed copy of a published file that was inconsistent before
     # (a temperature without do_sample, say); such a file keeps its meaning here.
-    generation.to_json_file(folder / "generation_config.json")
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
     if card is not None and (text := card(folder)):
         (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -174,12 +174,17 @@ def save_weights(
 
     # save_pretrained also writes the model's own two configurations, notes the live dtype in the one and refuses
     # to write the other where a published file is inconsistent: both are written by us, so it gets stand-ins.
-    live = model.config, model.generation_config
-    model.config, model.generation_config = copy.deepcopy(config), GenerationConfig()
+    live, generates = model.config, hasattr(model, "generation_config")
+    own: Any = model.generation_config if generates else None
+    model.config = copy.deepcopy(config)
+    if generates:
+        model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=state, max_shard_size=int(shard_bytes))
     finally:
-        model.config, model.generation_config = live
+        model.config = live
+        if generates:
+            model.generation_config = own
     config.save_pretrained(folder)
 
 

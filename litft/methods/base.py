@@ -87,6 +87,8 @@ class Method(LightningModule):
     """Whether the model may drop activations out; not where its log-probabilities are compared with a reference's."""
     alike: ClassVar[bool] = True
     """Whether the loss weighs all trained tokens of a micro-batch alike, for which gradients come cheaper."""
+    scores: ClassVar[bool] = False
+    """Whether the model gives a number, in the place of the next token."""
     measured: ClassVar[tuple[str, ...]] = ()
     """Names of the figures that are measured beside the loss."""
     lrs: ClassVar[tuple[float, float] | None] = None
@@ -211,7 +213,8 @@ class Method(LightningModule):
         """Where the model lies."""
         from litft.models.resolve import resolve
 
-        return resolve(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        trust = self.trust_remote_code
+        return resolve(self.path, revision=self.revision, trust_remote_code=trust, scores=self.scores)
 
     @cached_property
     def tokenizer(self) -> Any:

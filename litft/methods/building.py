@@ -15,6 +15,7 @@ from litft.models.cpu import keep_freed_memory
 from litft.models.extras import use_float8, use_liger
 from litft.models.head import find_head
 from litft.models.load import add_rows, load_model
+from litft.models.scorer import Scorer
 from litft.models.shard import let_go, shard
 from litft.models.skeleton import fill, skeleton
 from litft.models.tensor_parallel import cut_up
@@ -50,6 +51,8 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
         implementation = attention.best(method.config, device, half, method.fast_attention, shared)
     trusted = method.trust_remote_code
     options: Any = {"dtype": dtype, "attn_implementation": implementation, "trust_remote_code": trusted}
+    if method.scores:
+        options["scores"] = True
     bare = skeleton(method.source, **options) if parallel and not _needs_weights(method) else None
     model = bare[0] if bare else load_model(method.source, **options)
     if parallel and not bare and torch.distributed.get_rank() == 0:
@@ -89,8 +92,9 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
             " which sees a part of each document\nmend: --model.balance_experts 0, or leave it out"
         )
     if not method.dropout and switch_off_dropout(model):
-        print(f"       no dropout: {type(method).__name__} compares what the model says with what it said", flush=True)
-    method.net = net = CausalLM(model, balance_experts=bool(method.balance), fast_loss=False, alike=method.alike)
+        print(f"       no dropout with {type(method).__name__}", flush=True)
+    net: CausalLM = CausalLM(model, bool(method.balance), fast_loss=False, alike=method.alike)
+    method.net = net = Scorer(model) if method.scores else net
     method.parallel = net.parallel = parallel
     if parallel and parallel.sizes.tensor > 1:
         cut_up(model, parallel)
@@ -104,7 +108,7 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
     half = parallel is not None and method.compute_dtype is not None  # in which layers are gathered
     try:
         with torch.autocast(device.type, method.compute_dtype, enabled=half):
-            if method.fast_loss:
+            if method.fast_loss and not method.scores:
                 net.head = find_head(model, net.logits)
             if method.fast_lora and isinstance(method.tuner, LoRA):
                 share_inputs(model, net.logits)
@@ -135,7 +139,7 @@ def switch_off_dropout(model: Any) -> bool:
 def _needs_weights(method: Method) -> bool:
     """Whether something is made of the whole weights before they are cut up."""
     tuner: Any = method.tuner
-    if method.new_tokens or method.source.adapter or isinstance(tuner, QLoRA):
+    if method.new_tokens or method.source.adapter or isinstance(tuner, QLoRA) or method.scores:
         return True
     if not isinstance(tuner, LoRA):
         return False

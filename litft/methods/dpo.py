@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litft.data.batch import Batch
 from litft.errors import UserError
-from litft.losses.preference import LOSSES, SORTED, Divergence, Pairs, Settings, partners
+from litft.losses.preference import DIVERGENT, LOSSES, SMOOTHED, SORTED, Divergence, Pairs, Settings, partners
 from litft.methods.preference import Answers, Referenced
 from litft.models.collectives import from_all_ranks
 
@@ -24,7 +24,7 @@ class DPO(Referenced):
         loss_weights: of each; 1 by default.
         beta: how strongly the model is kept near the reference.
         label_smoothing: probability that the two answers of a pair are swapped; with sigmoid it gives conservative DPO.
-        f_divergence: what keeps the model near the reference.
+        f_divergence: what keeps the model near the reference; of losses of the two answers' difference.
         f_alpha: of the alpha divergence.
         discopop_tau: temperature of discopop.
         options: of `Referenced` and `Method`.
@@ -54,6 +54,13 @@ class DPO(Referenced):
             raise UserError(f"--model.label_smoothing {label_smoothing}: at least 0 and below 0.5")
         if "exo_pair" in names and not label_smoothing:
             raise UserError("--model.loss_type exo_pair: needs a --model.label_smoothing above 0, such as 0.001")
+        if label_smoothing and not set(names) & set(SMOOTHED):
+            raise UserError(f"--model.label_smoothing: {', '.join(names)} has none; it is for {', '.join(SMOOTHED)}")
+        if f_divergence != "reverse_kl" and (others := set(names) - {*DIVERGENT, "sft"}):
+            raise UserError(
+                f"--model.f_divergence {f_divergence}: not with {', '.join(sorted(others))}\n"
+                f"mend: reverse_kl, or a loss_type of {', '.join(DIVERGENT)}"
+            )
         if beta <= 0:
             raise UserError(f"--model.beta {beta}: must be above 0")
         self.losses = dict(zip(names, weights, strict=True))

@@ -70,6 +70,7 @@ def load_model(
     dtype: torch.dtype,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    scores: bool = False,
 ) -> PreTrainedModel:
     """Load the base model's weights (an adapter is not applied), for training where they are not stored quantised.
 
@@ -79,6 +80,7 @@ def load_model(
             0.4 rad at position 4000.
         attn_implementation: transformers' name ("sdpa", "eager", or one registered); None is the model's default.
         trust_remote_code: run the Python code that the model brings.
+        scores: with a score head of one label in the place of the vocabulary's; random, where the model has none.
 
     Returns:
         The model on the CPU, in train mode (`from_pretrained` leaves it in eval mode: no dropout, no recompute), with
@@ -89,14 +91,14 @@ def load_model(
             missing weight would be trained from random numbers.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils.quantization_config import Mxfp4Config
 
     stored = read_json(source.folder / "config.json").get("quantization_config") or {}
     unpack = {"quantization_config": Mxfp4Config(dequantize=True)} if stored.get("quant_method") == DEQUANTISED else {}
     with quiet():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
                 source.folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -104,10 +106,13 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 **unpack,
+                **({"num_labels": 1} if scores else {}),
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load the model in {source.folder}:\n    {_first_line(error)}") from error
     model, report = loaded
+    if scores:
+        report = {kind: [key for key in keys if not _is_head(key)] for kind, keys in report.items()}
     _check_report(source, report)
     if is_quantised(source):
         model.config.use_cache = model.config.get_text_config().use_cache = False
@@ -132,6 +137,12 @@ def ready_to_train(model: Any) -> None:
     model.get_input_embeddings().padding_idx = None
     for module in model.modules():
         module.training = True
+
+
+def _is_head(key: Any) -> bool:
+    """Whether a weight is one of those that a score head takes the place of, or its own."""
+    name = key[0] if isinstance(key, tuple) else str(key)
+    return name.startswith(("score.", "lm_head.", "embed_out."))
 
 
 def _check_report(source: ModelSource, report: dict[str, Any]) -> None:

@@ -67,6 +67,7 @@ def resolve(
     offline: bool = False,
     trust_remote_code: bool = False,
     quantised: bool = False,
+    scores: bool = False,
 ) -> ModelSource:
     """Find the model that `name` means, and fetch it if it is not here.
 
@@ -77,6 +78,7 @@ def resolve(
         weights: False fetches and asks for the tokenizer and configuration only.
         offline: take hub models from the local cache only (as `HF_HUB_OFFLINE=1` does).
         trust_remote_code: let the model bring Python code of its own.
+        scores: the model is to give numbers: it may have a score head, or be given one.
         quantised: take a model that is stored quantised as well: it can answer, and not be trained or merged into.
 
     Returns:
@@ -90,7 +92,7 @@ def resolve(
     if not text.strip():
         raise UserError(f"the model's name is empty\nname a folder, a hub id (org/name) or {DEFAULT_MODEL}")
     options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
-    options["quantised"] = quantised
+    options |= {"quantised": quantised, "scores": scores}
     if text == DEFAULT_MODEL:
         return _from_folder(text, default_model(), **options)
     folder = Path(text).expanduser()
@@ -116,10 +118,11 @@ def resolve(
 
 
 def _from_folder(
-    name: str, folder: Path, *, weights: bool, offline: bool, trust_remote_code: bool, quantised: bool
+    name: str, folder: Path, *, weights: bool, offline: bool, trust_remote_code: bool, quantised: bool, scores: bool
 ) -> ModelSource:
     folder = enter(folder)
     options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
+    options["scores"] = scores
     if (folder / "adapter_config.json").is_file():
         return _from_adapter(name, folder, **options)
     if not (folder / "config.json").is_file():
@@ -127,7 +130,7 @@ def _from_folder(
             f"{folder} holds no model: there is no config.json\n    it holds: {_listing(folder)}\n"
             "name the folder that has config.json and *.safetensors, or adapter_config.json"
         )
-    check_architecture(folder, trust_remote_code=trust_remote_code, quantised=quantised)
+    check_architecture(folder, trust_remote_code=trust_remote_code, quantised=quantised, scores=scores)
     if weights:
         _check_weights(folder)
     if cached := cached_id(folder):
@@ -171,6 +174,8 @@ def _from_adapter(name: str, adapter: Path, **options: Any) -> ModelSource:
             f"{adapter / 'adapter_config.json'} does not say which model it adapts\n"
             "set base_model_name_or_path in it to a folder or a hub id"
         )
+    if config.get("task_type") == "SEQ_CLS" and not options["scores"]:
+        raise UserError(f"{adapter} is a reward model, which gives numbers, not text\nmend: litft score {name}")
     try:
         source = _resolve_base(base, revision, adapter, **options | {"quantised": False})  # merged into, then
     except UserError as error:
@@ -204,7 +209,9 @@ def cached_id(folder: str | Path) -> tuple[str, str] | None:
     return (f"{found[1]}/{found[2]}", found[3]) if found else None
 
 
-def check_architecture(folder: Path, *, trust_remote_code: bool = False, quantised: bool = False) -> None:
+def check_architecture(
+    folder: Path, *, trust_remote_code: bool = False, quantised: bool = False, scores: bool = False
+) -> None:
     """Refuse what litft can't train (with `quantised`: run), from config.json alone: nothing is loaded, no code is run.
 
     Raises:
@@ -214,6 +221,7 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False, quantis
     config = read_json(folder / "config.json")
     kind, names = config.get("model_type"), config.get("architectures") or []
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SCORES
 
     own_code = config.get("auto_map") or {}
     if own_code and trust_remote_code:
@@ -237,6 +245,12 @@ def check_architecture(folder: Path, *, trust_remote_code: bool = False, quantis
             "update transformers, if a newer one does; else choose another model"
         )
     known = {name for value in CAUSAL.values() for name in ([value] if isinstance(value, str) else value)}
+    if scores:
+        if kind not in SCORES:
+            raise UserError(f"{folder}: transformers has no {kind} with a score head\nmend: another base model")
+        known.add(SCORES[str(kind)])
+    elif SCORES.get(str(kind)) in names:
+        raise UserError(f"{folder} is a reward model, which gives numbers, not text\nmend: litft score {folder}")
     if kind not in CAUSAL or (names and not known.intersection(names)):
         raise UserError(
             f"{folder} holds a {names[0] if names else kind}, which is not a causal language model\n"
