@@ -29,3 +29,10 @@ def served(bundle: ChatModel, **options: Any) -> Iterator[tuple[Server, str]]:
             thread.join(15)
             assert not thread.is_alive() and time.monotonic() - began < 10
             assert not server.worker.is_alive()
+
+
+def slow_down(server: Server, seconds: float = 0.02) -> None:
+    """Let every token take some time, so that something can happen meanwhile."""
+    engine = server.worker.engine
+    step = engine.step
+    engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign]
