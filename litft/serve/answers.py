@@ -157,7 +157,8 @@ class Answers:
         return {
             "tokens": [self._text([tell.id]) for tell in told],
             "token_logprobs": [tell.logprob for tell in told],
-            "top_logprobs": [{self._text([id]): logprob for id, logprob in tell.top} for tell in told],
+            # By text, which two tokens may share: then the likelier one's stands.
+            "top_logprobs": [{self._text([id]): logprob for id, logprob in reversed(tell.top)} for tell in told],
             "text_offset": offsets[:-1],
         }
 

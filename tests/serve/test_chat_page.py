@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_a_question_is_answered(browser: Any, bundle: ChatModel, width: int, sch
         view.page.locator("#stop").wait_for(state="visible")
         view.until_idle()
         view.ask("<b>bold</b><img src=x onerror=alert(1)>")
-        view.page.wait_for_function("document.querySelectorAll('.assistant').length === 2")
+        view.page.locator(".assistant").nth(1).wait_for()
         view.until_idle()
         assert len(view.answers()) == 2 and all(view.answers())
         assert view.page.locator(".user .text").all_inner_texts()[1].startswith("<b>bold</b>")
@@ -113,7 +114,7 @@ def test_stop_and_clear(browser: Any, bundle: ChatModel) -> None:
         slow_down(server)
         view = Page(browser, url, 800)
         view.ask("why?")
-        view.page.wait_for_function("document.querySelector('.assistant .text')?.textContent.length > 20")
+        view.page.locator(".assistant .text").filter(has_text=re.compile(".{20}", re.S)).wait_for()
         view.page.get_by_role("button", name="Stop").click()
         view.page.get_by_text("stopped").wait_for()
         view.until_idle()
