@@ -82,23 +82,24 @@ def check(argv: list[str]) -> int:
 
 def _refused(source: str, encoder: ChatEncoder, found: Check, revision: str | None) -> Iterator[DataError]:
     """The rows of a good form that cannot be encoded; they are added to the count of bad ones."""
-    from litft.data.files import total_bytes
-    from litft.data.rows import conversations
+    from litft.data.files import read_rows, total_bytes
+    from litft.data.rows import well_formed
 
     notes: Counter[str] = Counter()
     with progress(f"encoding {Path(source).name}", total_bytes(source), "B") as advance:
-        chats = conversations(source, revision=revision, progress=advance)
+        rows = read_rows(source, revision=revision, progress=advance)
         while True:
             try:
-                chat = next(chats, None)
+                row = next(rows, None)
             except DataError:  # the file breaks off here, as the check has said
                 break
-            if chat is None:
+            if row is None:
                 break
-            if isinstance(chat, DataError):  # so has it said this
+            if not well_formed(row):  # so has it said this
                 continue
             try:
-                notes.update(encoder(chat).notes)
+                for _, encoded in _documents(encoder, row):
+                    notes.update(encoded.notes)
             except DataError as error:
                 found.bad += 1
                 yield error
@@ -141,19 +142,19 @@ def show(argv: list[str]) -> int:
             if not total:
                 advance(1)
             try:
-                encoded = _encode(encoder, row)[1]
+                documents = _documents(encoder, row)
             except DataError as error:
                 bad += 1
                 print(error, file=sys.stderr)
                 continue
-            notes.update(encoded.notes)
             if args.json:
-                print(_as_json(number, encoded))
-            else:
-                print(
-                    f"row {number} ({row.file}:{row.line}): {len(encoded.ids)} tokens, {sum(encoded.trained)} trained"
-                )
-                print(_marked(encoder.tokenizer, encoded, color).rstrip("\n"), end="\n\n")
+                print(_as_json(number, documents))
+            for name, encoded in documents:
+                notes.update(encoded.notes)
+                if not args.json:
+                    what = f"{name}: " * bool(name) + f"{len(encoded.ids)} tokens, {sum(encoded.trained)} trained"
+                    print(f"row {number} ({row.file}:{row.line}): {what}")
+                    print(_marked(encoder.tokenizer, encoded, color).rstrip("\n"), end="\n\n")
         more = not args.json and args.rows is None and args.row is None and next(rows, None) is not None
     if not done:
         raise UserError(f"--row {args.row}: {args.FILE} has fewer rows")
@@ -163,10 +164,30 @@ def show(argv: list[str]) -> int:
     return 2 if bad else 0
 
 
-def _as_json(number: int, encoded: Encoded) -> str:
-    trained = [int(flag) for flag in encoded.trained]
-    row = {"row": number, "tokens": list(encoded.ids), "trained": trained, "text": encoded.text}
-    return json.dumps(row, ensure_ascii=False)
+def _documents(encoder: ChatEncoder, row: Row) -> list[tuple[str, Encoded]]:
+    """The documents of a row by name: chosen and rejected of a pair, else one without a name, or good or bad.
+
+    Raises:
+        DataError: the row is bad.
+    """
+    from litft.data.encoding import encode_any
+
+    _, found, *more = encode_any(encoder, row)
+    if isinstance(found, list):
+        return list(zip(("chosen", "rejected"), found, strict=True))
+    return [(("good" if more[1] else "bad") if len(more) > 1 else "", found)]
+
+
+def _as_json(number: int, documents: list[tuple[str, Encoded]]) -> str:
+    parts = {
+        name: {"tokens": list(e.ids), "trained": [int(flag) for flag in e.trained], "text": e.text}
+        for name, e in documents
+    }
+    row: dict[str, Any] = {"row": number}
+    if len(parts) > 1:
+        return json.dumps(row | parts, ensure_ascii=False)
+    ((name, part),) = parts.items()
+    return json.dumps(row | ({"label": name == "good"} if name else {}) | part, ensure_ascii=False)
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, color: bool) -> str:
@@ -224,13 +245,14 @@ def _default_length() -> int:
 def _measure(source: str, encoder: ChatEncoder, limit: int, args: argparse.Namespace) -> dict[str, Any]:
     """The numbers of a source, each token counted as training counts it."""
     from litft.data import tokens
+    from litft.data.encoding import encode_any
     from litft.data.files import read_rows
 
     size = sum(file.stat().st_size for file in [Path(source)] if file.is_file())
     with tempfile.TemporaryDirectory() as folder, progress(f"encoding {Path(source).name}", None, "rows") as advance:
         store = tokens.encode_file(
             lambda: read_rows(source, revision=args.revision),
-            functools.partial(_encode, encoder),
+            functools.partial(encode_any, encoder),
             Path(folder) / "tokens",
             file=source,
             skip_bad=True,
@@ -242,7 +264,7 @@ def _measure(source: str, encoder: ChatEncoder, limit: int, args: argparse.Names
     if not len(lengths):
         raise UserError(f"{source}: no usable row; the first of {bad} bad ones:\n{skipped[0]}")
     return {
-        "rows": len(lengths),
+        "rows": len(store),
         "bad": bad,
         "schemas": schemas,
         "tokens": int(lengths.sum()),
@@ -365,19 +387,6 @@ def _is_text(source: str, revision: str | None) -> bool:
         first = next(read_rows(source, revision=revision))
         return first.error is None and schema_of(first.value) == "text"
     return False
-
-
-def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Encoded]:
-    """The form of a row, and its tokens.
-
-    Raises:
-        DataError: the row is bad.
-    """
-    from litft.data.rows import schema_of, to_conversation
-
-    if row.error is not None:
-        raise row.error
-    return schema_of(row.value), encoder(to_conversation(row.value, row.file, row.line))
 
 
 def _print_notes(notes: Counter[str]) -> None:

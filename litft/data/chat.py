@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from datetime import date as Day
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,13 +19,14 @@ from litft.data import hub, tokens
 from litft.data.batch import Batch
 from litft.data.conversation import Conversation
 from litft.data.dated import writes_date
-from litft.data.files import Row, named_files, read_rows
+from litft.data.encoding import ENCODERS
+from litft.data.files import named_files, read_rows
 from litft.data.layout import lay_out
 from litft.data.loader import Make, MicroBatches, StepLoader, Steps, Whole, make_batch
 from litft.data.plan import MICRO_BATCH, MicroBatch, Plan, default_tokens_per_step, epoch_order, run_counts
 from litft.data.progress import Progress
 from litft.data.prompts import beginnings
-from litft.data.rows import schema_of, to_conversation
+from litft.data.rows import schema_of
 from litft.data.selection import Selection, select, split_validation
 from litft.data.template import ChatEncoder, find_template, missing_tokens
 from litft.data.tokens import TokenStore
@@ -330,11 +329,6 @@ class ChatData(LightningDataModule):
 
     kind = "chats"
 
-    @property
-    def encode_row(self) -> Callable[[ChatEncoder, Row], tuple[Any, ...]]:
-        """Turns a row into its schema's name, its tokens and what precedes its first answer; picklable."""
-        return _encode
-
     def _stores(self, method: Any) -> tuple[list[TokenStore], dict[str, TokenStore]]:
         if self._encoded_for is not method:
             self._encoded_for, self.kind = method, method.rows
@@ -386,7 +380,7 @@ class ChatData(LightningDataModule):
         with FileLock(lock), Progress(f"encoding {path.name}") as advance:
             store = tokens.encode_file(
                 lambda: read_rows(source, revision=self.revision),
-                functools.partial(self.encode_row, encoder),
+                functools.partial(ENCODERS[self.kind], encoder),
                 folder,
                 file=source,
                 skip_bad=self.bad_rows == "skip",
@@ -416,22 +410,6 @@ def _check_limits(trainer: Any) -> None:
         raise UserError(
             "limit_train_batches and overfit_batches would cut the plan short\nmend: Trainer(max_steps=...)"
         )
-
-
-def _encode(encoder: ChatEncoder, row: Row) -> tuple[str, Any, str]:
-    if row.error is not None:
-        raise row.error
-    conversation = to_conversation(row.value, row.file, row.line)
-    return schema_of(row.value), encoder(conversation), prompt_of(conversation)
-
-
-def prompt_of(conversation: Conversation) -> str:
-    """What precedes the first answer, whatever is trained: rows that share it stay on one side of the split."""
-    if conversation.text is not None:
-        return conversation.text
-    messages = conversation.messages
-    end = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), 0)
-    return json.dumps([messages[:end] or messages, conversation.tools], sort_keys=True)
 
 
 def _make(selection: Selection, packing: bool, pad_id: int, rows: np.ndarray, whole: Whole) -> Batch:

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from litft.data.batch import Batch, Document, pack_documents, pad_documents
-from litft.data.chat import ChatData, prompt_of
+from litft.data.chat import ChatData
 from litft.data.conversation import Conversation
-from litft.data.files import Row, read_rows
+from litft.data.encoding import beginning
+from litft.data.files import read_rows
 from litft.data.loader import SLOTS, Make, Whole, make_batch
 from litft.data.preferences import to_labelled, to_pair
-from litft.data.rows import schema_of
 from litft.data.selection import Selection
-from litft.data.template import ChatEncoder, Encoded
 from litft.errors import UserError
 
 
@@ -46,11 +45,6 @@ class PreferenceData(ChatData):
         if self.train_on != "assistant":
             raise UserError("--data.train_on: of preference rows the answers are trained; leave it out")
 
-    @property
-    def encode_row(self) -> Callable[[ChatEncoder, Row], tuple[Any, ...]]:
-        """Turns a row into its documents."""
-        return _ENCODERS[self.kind]
-
     def maker(self, rows: Selection) -> Make:
         """What makes a micro-batch; beside the documents it has the numbers that the rows bring."""
         make = functools.partial(_make, rows, self._planned().packing, self._pad_id, self.prompts_too)
@@ -68,52 +62,13 @@ class PreferenceData(ChatData):
             lines = set(store.lines[at].tolist())
             for row in read_rows(store.file, revision=self.revision) if lines else ():
                 if row.line in lines and row.error is None:
-                    found.append(_beginning(_CONVERSATIONS[self.kind](row.value)))
+                    found.append(beginning(_CONVERSATIONS[self.kind](row.value)))
         return found[:count]
-
-
-def _beginning(conversation: Conversation) -> Conversation:
-    """What precedes the first message that is trained."""
-    messages, flags = conversation.messages, conversation.train
-    end = next(i for i, m in enumerate(messages) if m["role"] == "assistant" and flags[i] is not False)
-    return Conversation(messages[:end], flags[:end], conversation.tools)
 
 
 _CONVERSATIONS: dict[str, Callable[[Any], Conversation]] = {
     "pairs": lambda value: to_pair(value).chosen,
     "labelled": lambda value: to_labelled(value).conversation,
-}
-
-
-def encode_pair(encoder: ChatEncoder, row: Row) -> tuple[str, list[Encoded], str, float]:
-    """The two documents of a row with `chosen` and `rejected`, what precedes the answers, and the margin.
-
-    Raises:
-        DataError: the row is bad.
-    """
-    if row.error is not None:
-        raise row.error
-    pair = to_pair(row.value, row.file, row.line)
-    documents = [encoder(pair.chosen), encoder(pair.rejected)]
-    return schema_of(row.value), documents, prompt_of(_beginning(pair.chosen)), pair.margin
-
-
-def encode_labelled(encoder: ChatEncoder, row: Row) -> tuple[str, Encoded, str, float]:
-    """The document of a row with a `label`, what precedes the answer, and the label as 1 or 0.
-
-    Raises:
-        DataError: the row is bad.
-    """
-    if row.error is not None:
-        raise row.error
-    labelled = to_labelled(row.value, row.file, row.line)
-    conversation = labelled.conversation
-    return schema_of(row.value), encoder(conversation), prompt_of(_beginning(conversation)), float(labelled.label)
-
-
-_ENCODERS: dict[str, Callable[[ChatEncoder, Row], tuple[Any, ...]]] = {
-    "pairs": encode_pair,
-    "labelled": encode_labelled,
 }
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from litft.data.conversation import Conversation, Message
-from litft.data.files import Progress, read_rows
+from litft.data.files import Progress, Row, read_rows
 from litft.data.jsontext import kind, snippet
 from litft.data.messages import from_json, is_message, refuse_media, shown, text_of, to_messages, to_tools
 from litft.data.schemas import METHODS, nearest_schema, schema_of
@@ -182,6 +182,19 @@ def conversations(
             yield to_conversation(row.value, row.file, row.line)
         except DataError as error:
             yield error
+
+
+def well_formed(row: Row) -> bool:
+    """Whether a row is of a form that some method takes, and good as such."""
+    from litft.data.preferences import to_labelled, to_pair  # which read rows of chats, too
+
+    try:
+        if row.error is None:
+            {"preference": to_pair, "kto": to_labelled}.get(schema_of(row.value), to_conversation)(row.value)
+            return True
+    except DataError:
+        pass
+    return False
 
 
 class Check:

@@ -172,7 +172,10 @@ def encode_file(
 
 
 def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callable[[int], None]) -> None:
-    offsets, lines, prompts, values, each = [0], [], [], [], 1
+    offsets, each = [0], 1
+    lines: list[int] = []
+    prompts: list[int] = []
+    values: list[float] = []
     schemas: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     skipped: list[str] = []
@@ -196,6 +199,8 @@ def _write(work: Path, results: Iterator[Any], skip_bad: bool, progress: Callabl
                 trained_out.append(trained)
                 offsets.append(offsets[-1] + len(ids))
                 digest.update(ids.tobytes() + trained.tobytes())
+            if lines and each != len(documents):
+                raise DataError("pairs and other rows in one file", line=line, mend="put them into files of their own")
             each = len(documents)
             lines.append(line)
             prompts.append(prompt)
