@@ -160,6 +160,7 @@ class Engine:
         self._cache = SlotCache()
         takes = inspect.signature(bundle.model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers renames it in 5.24
+        self._token_bytes = 0  # of keys and values of all layers
         self._lock = threading.Lock()
         self._why_alone = why_alone(bundle.model)
         """Why the model answers one prompt at a time; None where it need not."""
@@ -284,12 +285,12 @@ class Engine:
 
     def _fits(self, more: list[Request]) -> bool:
         """Whether the cache has memory for these, too, at their full length."""
-        each = self._cache.bytes_per_token()
-        if self.cache_bytes is None or not each or len(self.rows) + len(more) == 1:
+        if self.cache_bytes is None or len(self.rows) + len(more) == 1:
             return True
         requests = [row.request for row in self.rows] + more
         longest = max(len(r.ids) + r.max_new_tokens for r in requests)
-        return len(requests) * longest * each <= self.cache_bytes
+        # Before the first row nobody knows what a token takes: it goes alone.
+        return self._token_bytes > 0 and len(requests) * longest * self._token_bytes <= self.cache_bytes
 
     # -- what is computed --------------------------------------------------------------------------------------------
 
@@ -302,7 +303,11 @@ class Engine:
                 return 0
             if why := fresh[0].request.alone:
                 say_once(self.bundle.name, why)
-                alone(self.bundle, fresh[0].request)
+                try:
+                    alone(self.bundle, fresh[0].request)
+                except BaseException as error:
+                    fresh[0].request.end("error", error)
+                    raise
                 return room
             self.rows += fresh
         rows = self.rows[whole:]
@@ -347,6 +352,7 @@ class Engine:
                 slots=step,
                 **{self._cache_name: self._cache},
             ).logits
+        self._token_bytes = self._token_bytes or self._cache.bytes_per_token()
         column = [ends.index(length) for length in lengths]
         return logits[range(len(rows)), column].float()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -42,9 +42,19 @@ class Step:
     device: torch.device
     _masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
+    @cached_property
+    def begin(self) -> Tensor:
+        """`starts` on the device [rows]."""
+        return torch.tensor(self.starts, device=self.device)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """0, 1, ... [rows]."""
+        return torch.arange(len(self.starts), device=self.device)
+
     def positions(self, tokens: int) -> Tensor:
         """Of the tokens that go in [rows, tokens]."""
-        return torch.tensor(self.starts, device=self.device)[:, None] + torch.arange(tokens, device=self.device)
+        return self.begin[:, None] + torch.arange(tokens, device=self.device)
 
     def mask(self, tokens: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores [rows or 1, 1, tokens, keys]; None where all earlier keys are seen, or all.
@@ -193,9 +203,8 @@ class _SlotLayer(CacheLayerMixin):
             values.copy_(value_states)
             return key_states, value_states
         if tokens == 1:
-            rows, at = torch.arange(len(step.starts), device=keys.device), step.positions(1)[:, 0]
-            keys[rows, :, at] = key_states[:, :, 0]
-            values[rows, :, at] = value_states[:, :, 0]
+            keys[step.rows, :, step.begin] = key_states[:, :, 0]
+            values[step.rows, :, step.begin] = value_states[:, :, 0]
         else:
             (start,) = step.starts
             keys[:, :, start:] = key_states
