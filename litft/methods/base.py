@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from litft.data.batch import Batch
@@ -18,15 +17,17 @@ from litft.data.plan import MicroBatch
 from litft.engine.guard import clip_and_guard
 from litft.engine.in_backward import StepInBackward
 from litft.engine.memory import MemoryPlan, Sharing
-from litft.engine.optimizers import build_optimizer, check_name
+from litft.engine.optimizers import build_optimizer
 from litft.engine.precision import check_precision
 from litft.engine.randomness import seed_step
 from litft.engine.schedules import Name as ScheduleName
 from litft.engine.schedules import StepSchedule, schedule
 from litft.errors import UserError
+from litft.methods.checks import check_arguments
 from litft.methods.measures import Measures
-from litft.methods.memory import check_keys, plan_memory, ranks_of
+from litft.methods.memory import plan_memory, ranks_of
 from litft.methods.refusals import refuse
+from litft.methods.validation import Validated
 from litft.models.alias import DEFAULT_MODEL
 from litft.models.compiled import Compiled
 from litft.tuners import LoRA, Tuner
@@ -42,7 +43,7 @@ PARTS = (
 )
 
 
-class Method(LightningModule):
+class Method(Validated):
     """A fine-tuning method: subclass it and write `loss`.
 
     One Trainer batch is one optimizer step: a list of micro-batches, each run forward and backward in turn. So whatever
@@ -144,24 +145,7 @@ class Method(LightningModule):
         self.fast_attention, self.fast_loss, self.fast_lora = fast_attention, fast_loss, fast_lora
         self.compile_layers = str(compile).lower()
         self.float8, self.liger, self.step_in_backward = float8, liger, step_in_backward
-        at_least_0 = {"lr": self.lr, "weight_decay": weight_decay, "warmup": warmup, "min_lr": min_lr, "clip": clip}
-        at_least_0 |= {"balance_experts": balance_experts or 0, "max_bad_steps": max_bad_steps}
-        for name, value in at_least_0.items():
-            if not value >= 0:
-                raise UserError(f"--model.{name} {value}: must be at least 0")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"--model.betas {list(betas)}: must be at least 0 and below 1")
-        if optimizer != "auto":
-            check_name(optimizer)
-        check_keys(recompute, offload, memory_gb)
-        if step_in_backward and clip:
-            raise UserError(
-                f"--model.step_in_backward: can't clip by the global norm (model.clip {clip})\nmend: --model.clip 0"
-            )
-        if optimizer == "adamw_bf16" and not self.tuner.trains_base:
-            raise UserError("--model.optimizer adamw_bf16: adapters stay in fp32\nmend: leave it out")
-        if min_lr > self.lr:
-            raise UserError(f"--model.min_lr {min_lr}: is above --model.lr {self.lr}")
+        check_arguments(self)
         self.new_tokens: list[str] = []
         self.total_steps: int | None = None
         self.run_tokens: int | None = None
@@ -169,13 +153,11 @@ class Method(LightningModule):
         self.memory: MemoryPlan | None = None
         self.sharing: Sharing | None = None  # by processes that aren't there: of a dry run
         self.offloaded, self.loading_bytes, self.resident_before = False, 0, 0.0
+        self.beside = 0  # bytes of frozen models that the loss needs, on the same device
         self.compiled = Compiled()
         self.grad_norm: Tensor | None = None
         self.trained: list[tuple[str, torch.nn.Parameter]] = []
         self.mid_step = False  # whether weights have moved that belong to an optimizer step not yet done
-        self.measures = Measures()
-        self._sums: dict[int, Tensor] = {}
-        self._ahead: dict[int, list[Any]] = {}
 
     # ---- what a subclass writes
 
@@ -186,21 +168,6 @@ class Method(LightningModule):
             batch: what `litft.data.batch` makes.
         """
         raise TypeError(f"{type(self).__name__} needs a loss(batch)")
-
-    def validation_sums(self, batch: Batch) -> Tensor:
-        """What validation adds up: the summed loss and the number of things it is summed over, [2]."""
-        raise TypeError(f"{type(self).__name__} needs validation_sums(batch)")
-
-    def look_ahead(self, batches: Iterable[Batch]) -> list[Any] | None:
-        """What the losses of a step's micro-batches have to know of each other, for methods where they do.
-
-        Args:
-            batches: all of this rank's, of an optimizer step or a validation set.
-
-        Returns:
-            For each of them what its loss finds under `ahead`; None where that is nothing.
-        """
-        return None
 
     def probe(self, batch: Batch) -> Tensor:
         """A loss that computes and keeps what this method's does, for a batch of any documents."""
@@ -385,43 +352,6 @@ class Method(LightningModule):
         hold = getattr(self.trainer.strategy, "block_backward_sync", None)
         with nullcontext() if now or hold is None or self.trainer.world_size == 1 else hold():
             yield
-
-    # ---- validation
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin to count."""
-        self._sums, self.measures = {}, Measures()
-        if type(self).look_ahead is not Method.look_ahead:
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                for index, loader in enumerate(self.trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
-                    batches = (self.trainer.strategy.batch_to_device(batch) for batch in loader)
-                    if (ahead := self.look_ahead(batches)) is not None:
-                        self._ahead[index] = ahead
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a micro-batch to its set's sums."""
-        if self._ahead:
-            batch["ahead"] = self._ahead[dataloader_idx][batch_idx]
-        sums = self.validation_sums(batch)
-        sums = sums if sums.device.type == "mps" else sums.double()  # Apple's GPUs have no float64
-        self._sums[dataloader_idx] = self._sums.get(dataloader_idx, torch.zeros_like(sums)) + sums
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `val_loss` (over all sets), and `val_loss/NAME` where there are several."""
-        trainer: Any = self.trainer
-        names = trainer.datamodule.val_names
-        totals = {i: self.trainer.strategy.reduce(s, reduce_op="sum") for i, s in sorted(self._sums.items())}
-        if not totals:
-            return
-        whole = torch.stack(list(totals.values())).sum(0)
-        values = {"val_loss": whole[0] / whole[1]}
-        if len(totals) > 1:
-            values |= {f"val_loss/{names[i]}": total[0] / total[1] for i, total in totals.items()}
-        self.val_losses = {name: float(value) for name, value in values.items()}
-        self.val_losses |= {f"val_{name}": value for name, value in self.measures.means(trainer.strategy).items()}
-        if not self.trainer.sanity_checking:
-            alone = trainer.state.fn == "validate"  # then Trainer hands them back; a fit's records have them
-            self.log_dict({name: value.float() for name, value in values.items()}, logger=alone)
 
     # ---- the result
 

@@ -218,7 +218,7 @@ def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         matrix = stored(embedding)
     item = 2 if method.compute_dtype is not None else 4
     return Facts(
-        weights=storage_bytes(method.net),
+        weights=storage_bytes(method.net) + method.beside,
         layer=max(storage_bytes(layer) for layer in layers_of(model)),
         loading=method.loading_bytes,
         learning=sum(p.numel() for p in learning),
@@ -239,7 +239,7 @@ def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         compiled=wants_compiling(method, device),
         trains_base=method.tuner.trains_base,
         device="cuda" if device.type == "cuda" else "cpu",  # other accelerators share the host's memory
-        rest=storage_bytes(method.net) - sum(map(storage_bytes, layers_of(model))),
+        rest=storage_bytes(method.net) + method.beside - sum(map(storage_bytes, layers_of(model))),
     )
 
 

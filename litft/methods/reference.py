@@ -13,7 +13,7 @@ from litft.models.parts import local
 from litft.tuners import Full, LoRA
 from litft.tuners.base import Applied
 from litft.tuners.lora import replace
-from litft.tuners.quant import quantise
+from litft.tuners.quant import quantise, storage_bytes
 from litft.tuners.targets import is_linear
 
 if TYPE_CHECKING:
@@ -170,4 +170,5 @@ def frozen(
                 weight.data = weight.data.to(method.compute_dtype)
     if not method.parallel and not twin.offloaded:
         twin.net.to(method.run_device)
+    method.beside = 0 if twin.offloaded else storage_bytes(twin.net)
     return twin

@@ -93,7 +93,32 @@ TABLE = (
         "the router sees a part of each document",
         "leave one of them out",
     ),
+    Refusal(
+        f"{CP} with distill, reward, --model.label_smoothing or --model.neftune",
+        lambda method, sizes, precision: sizes.context > 1 and _looks_at_whole_documents(method),
+        "each process has a part of the tokens, and these look at whole documents or at logits",
+        "leave one of them out",
+    ),
+    Refusal(
+        "--trainer.strategy fsdp with --model.sync_reference",
+        lambda method, sizes, precision: getattr(method, "sync_reference", 0),
+        "checkpoints in parts hold what learns, not a reference that moves",
+        "leave one of them out",
+    ),
+    Refusal(
+        "--trainer.strategy fsdp with --model.offload_reference or offload_teacher",
+        lambda method, sizes, precision: (
+            getattr(method, "offload_reference", False) or getattr(method, "offload_teacher", False)
+        ),
+        "weights that are cut up have their own way to the host's memory",
+        "--trainer.strategy.cpu_offload true",
+    ),
 )
+
+
+def _looks_at_whole_documents(method: Method) -> bool:
+    names = ("teacher_path", "scores", "label_smoothing", "neftune")
+    return any(getattr(method, name, None) for name in names if name != "label_smoothing" or method.rows == "chats")
 
 
 def refuse(method: Method, trainer: Any) -> None:
