@@ -188,6 +188,10 @@ LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {
 }
 SORTED = ("aot", "aot_unpaired")
 """Losses that look at all pairs of a step."""
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", *SORTED)
+"""Losses that take `label_smoothing`."""
+DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop")
+"""Losses of a difference of scores alone, in which what an f-divergence leaves beside it cancels out."""
 
 
 def partners(values: dict[str, Tensor]) -> dict[str, Tensor]:
