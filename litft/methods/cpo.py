@@ -78,6 +78,8 @@ class CPO(Contrastive):
 
     def __init__(self, *args: Any, loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid", **options: Any) -> None:
         super().__init__(*args, **options)
+        if loss_type != "sigmoid" and self.label_smoothing:
+            raise UserError(f"--model.label_smoothing: {loss_type} has none; it is for sigmoid")
         self.loss_type = loss_type
 
     def rewarded(self, found: Answers) -> Tensor:

@@ -191,7 +191,7 @@ def test_cpo_and_simpo_are_trls(name: str, eps: float) -> None:
     theirs, *_ = CPOTrainer.cpo_loss(stub(**settings), *log_p)
     options: dict[str, Any] = {"beta": 0.4, "label_smoothing": eps}
     method = litft.SimPO(gamma=0.3, **options) if name == "simpo" else litft.CPO(loss_type=name, **options)
-    same(method._losses(log_p[0] - log_p[1]).mean(), theirs.mean(), log_p)
+    same(method.losses(log_p[0] - log_p[1]).mean(), theirs.mean(), log_p)
 
 
 @pytest.mark.parametrize("kl", [-0.5, 0.0, 0.8])
@@ -276,3 +276,8 @@ def test_g6_log_odds_keep_their_digits(x: float) -> None:
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(litft.UserError, match=text):
         litft.DPO(**options)
+
+
+def test_cpos_smoothing_is_the_logistic_losss_only() -> None:
+    with pytest.raises(litft.UserError, match="hinge has none"):
+        litft.CPO(loss_type="hinge", label_smoothing=0.1)
