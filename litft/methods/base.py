@@ -307,6 +307,13 @@ class Method(Validated):
             for parameter, state in self.optimizers(use_pl_optimizer=False).state.items():  # type: ignore[union-attr]
                 state.update({k: v.to(parameter.device) for k, v in state.items() if isinstance(v, Tensor)})
 
+    def begin_step(self, batches: list[Batch]) -> None:
+        """Tell a step's micro-batches what their losses have to know of each other; what a Fabric script calls."""
+        self.measures = Measures()
+        if (ahead := self.look_ahead(batches)) is not None:
+            for batch, known in zip(batches, ahead, strict=True):
+                batch["ahead"] = known
+
     def training_step(self, step: Step, batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step: forward and backward over its micro-batches, clip, update, next learning rate.
 
@@ -322,9 +329,7 @@ class Method(Validated):
         def backward() -> None:
             seed_step(step["seed"])
             optimizer.zero_grad()
-            self.measures = Measures()
-            for batch, ahead in zip(step["micro_batches"], self.look_ahead(step["micro_batches"]) or (), strict=False):
-                batch["ahead"] = ahead
+            self.begin_step(step["micro_batches"])
             last = len(step["micro_batches"]) - 1
             for index, batch in enumerate(step["micro_batches"]):
                 with self._gradient_sync(index == last):

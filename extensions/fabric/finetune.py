@@ -1,6 +1,6 @@
-"""Supervised fine-tuning with a loop of your own: the parts of `litft finetune`, driven by Lightning Fabric.
+"""Fine-tuning with a loop of your own: the parts of `litft finetune`, driven by Lightning Fabric.
 
-    python extensions/fabric/sft.py --data tutorials/data/quickstart.jsonl --devices 2 --strategy fsdp
+    python extensions/fabric/finetune.py --data tutorials/data/quickstart.jsonl --devices 2 --strategy fsdp
 
 Backward, clip, step and schedule stand in plain sight; change them. The losses are those of the command line.
 """
@@ -8,15 +8,22 @@ Backward, clip, step and schedule stand in plain sight; change them. The losses 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from lightning import Fabric
 
-from litft import SFT, ChatData, Full, LoRA, QLoRA
+import litft
+from litft.cli.keys import METHODS, TUNERS
 from litft.engine.fsdp import FabricFSDP
 from litft.engine.precision import default_precision
 from litft.engine.randomness import seed_step
 from litft.models.mesh import data_ranks
+
+
+def find(path: str) -> Any:
+    """The class of that name in `litft`."""
+    return getattr(litft, path.removeprefix("litft."))
 
 
 def main(args: argparse.Namespace) -> list[float]:
@@ -27,8 +34,9 @@ def main(args: argparse.Namespace) -> list[float]:
     fabric.launch()
     fabric.seed_everything(args.seed)
 
-    method = SFT(path=args.model, tuner={"full": Full, "lora": LoRA, "qlora": QLoRA}[args.tuner](), lr=args.lr)
-    data = ChatData(args.data, tokens_per_step=args.tokens_per_step)
+    kind = METHODS[args.method]
+    method = find(kind.method)(args.model, find(TUNERS[args.tuner])(), lr=args.lr)
+    data = find(kind.data)(args.data, tokens_per_step=args.tokens_per_step)
     with fabric.rank_zero_first():  # the first encodes, the others read its cache
         data.prepare(method, max_steps=args.max_steps, **data_ranks(fabric))
     method.take_plan(data)
@@ -43,10 +51,12 @@ def main(args: argparse.Namespace) -> list[float]:
     for epoch in range(data.plan.locate(data.total_steps - 1)[0] + 1):
         for step in fabric.setup_dataloaders(data.train_dataloader(epoch, 0), use_distributed_sampler=False):
             seed_step(step["seed"])
+            with fabric.autocast():
+                method.module.begin_step(step["micro_batches"])
             total = torch.zeros((), device=fabric.device)
             for index, batch in enumerate(step["micro_batches"]):
                 with fabric.no_backward_sync(method, enabled=index < len(step["micro_batches"]) - 1):
-                    loss = method.loss(batch)  # already divided by the trained tokens of the whole step
+                    loss = method.loss(batch)  # already divided by the counts of the whole step
                     fabric.backward(loss)
                 total += loss.detach()
             fabric.clip_gradients(method, optimizer, max_norm=method.clip)
@@ -62,11 +72,13 @@ def main(args: argparse.Namespace) -> list[float]:
     return losses
 
 
-if __name__ == "__main__":
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, nargs="+")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--tuner", default="lora", choices=["full", "lora", "qlora"])
+    parser.add_argument("--method", default="lora", choices=set(METHODS) - {"distill"})  # lora is plain fine-tuning
+    parser.add_argument("--tuner", default="lora", choices=TUNERS)
     parser.add_argument("--out", default="fabric-out")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--max_steps", type=int)
@@ -76,4 +88,8 @@ if __name__ == "__main__":
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--seed", type=int, default=42)
-    main(parser.parse_args())
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main(parse())
