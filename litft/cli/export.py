@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("FOLDER", help=MODEL)
     parser.add_argument("--to", required=True, choices=TARGETS, help="the form")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--dtype", metavar="D", help="how numbers are stored (as in the model)")
+    parser.add_argument("--dtype", metavar="D", help="how numbers are stored (as in the model; in GGUF q8_0)")
     parser.add_argument(
         "--adapter", choices=("merge", "keep"), help="merge an adapter into its base, or write it as an adapter"
     )
