@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from litft.cli.generate import MODEL
-from litft.cli.parsing import Parser, add_trust, positive, progress
+from litft.cli.parsing import Parser, add_trust, positive, progress, waiting
 from litft.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
             include_path=args.include_path,
             num_fewshot=args.num_fewshot,
             apply_chat_template=args.apply_chat_template,
-            progress=progress,
+            progress=_shown,
         )
         found.save(folder)
     except BaseException:
@@ -107,6 +109,17 @@ def _parser() -> Parser:
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as stored, or as fits the device")
     add_trust(parser)
     return parser
+
+
+@contextmanager
+def _shown(what: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+    """A progress line, or where nothing can be counted a word after a while."""
+    if total is None:
+        with waiting(what):
+            yield lambda more: None
+        return
+    with progress(what, total, unit) as advance:
+        yield advance
 
 
 def _count(text: str) -> int:

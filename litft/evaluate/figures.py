@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from litft.evaluate.bootstrap import paired_difference
 from litft.evaluate.losses import Documents
+from litft.evaluate.sets import Asked, EvalSet
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,54 @@ def differences(
         "diff": {name: difference for name, (difference, _) in found.items()},
         "ci95": {name: interval and list(interval) for name, (_, interval) in found.items()},
     }
+
+
+def summary(rows: EvalSet, asked: Asked, models: list[Measured], sizes: np.ndarray, seed: int) -> dict[str, Any]:
+    """What evaluation.json says of a set: the model's figures, the baseline's, and how they differ.
+
+    Args:
+        rows: the set.
+        asked: which of its rows were answered.
+        models: the model, and the baseline where there is one.
+        sizes: bytes of each row's trained text, [rows].
+        seed: of the bootstrap.
+    """
+    used = np.logical_and.reduce([m.documents.used for m in models])
+    left_out = Counter({"bad": rows.skipped})
+    for m in models:
+        left_out |= Counter(m.documents.left_out)  # the larger count of each reason
+    found = {
+        "file": rows.file,
+        "content": rows.content[:12],
+        "rows": int(used.sum()),
+        "rows_answered": len(asked),
+        "left_out": dict(+left_out),
+        **figures(models[0], used, sizes),
+    }
+    found["rows_scored"] = {key: int((~np.isnan(score)).sum()) for key, score in models[0].scores.items()}
+    if len(models) > 1:
+        found["same_tokens"] = models[0].documents.same_tokens(models[1].documents)
+        found["baseline"] = figures(models[1], used, sizes)
+        found |= differences(models[0], models[1], used, sizes, seed)
+    return found
+
+
+def answer_rows(name: str, asked: Asked, models: list[Measured]) -> list[dict[str, Any]]:
+    """What answers.jsonl says of each answered row: prompt and reference, what each model says, the scores of that.
+
+    Args:
+        name: of the set.
+        asked: the rows that were answered.
+        models: the model, and the baseline where there is one.
+    """
+
+    def scores_at(m: Measured, at: int) -> dict[str, float | None]:
+        return {key: None if np.isnan(score[at]) else round(float(score[at]), 6) for key, score in m.scores.items()}
+
+    found = []
+    for at, (question, reference) in enumerate(asked.values()):
+        row: dict[str, Any] = {"set": name, "line": question.line, "prompt": question.messages, "reference": reference}
+        for prefix, m in zip(("", "baseline_"), models, strict=False):
+            row |= {f"{prefix}answer": m.answers[at], f"{prefix}scores": scores_at(m, at)}
+        found.append(row)
+    return found

@@ -44,12 +44,6 @@ class Candidate:
         """Where it lies."""
         return resolve(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, quantised=True)
 
-    @property
-    def label(self) -> str:
-        """Its name as a table's heading has room for."""
-        path = Path(self.name)
-        return path.name if path.is_dir() else self.name
-
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""

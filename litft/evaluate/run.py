@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,18 +12,15 @@ from datetime import date as Day
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from litft.data.conversation import Conversation
 from litft.engine.run_folder import versions
 from litft.engine.secrets import hide
 from litft.errors import UserError
 from litft.evaluate import answers as scoring
 from litft.evaluate import harness
-from litft.evaluate.figures import Measured, differences, figures
+from litft.evaluate.figures import Measured, answer_rows, summary
 from litft.evaluate.losses import Advance, Documents, encode, row_losses, text_sizes
 from litft.evaluate.models import Candidate, baseline_of, training_settings
-from litft.evaluate.sets import BadRows, EvalSet, question_of, read_set
+from litft.evaluate.sets import Asked, BadRows, EvalSet, question_of, read_set
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +28,8 @@ if TYPE_CHECKING:
     from litft.data.template import TrainOn
     from litft.infer.load import ChatModel
 
-Progress = Callable[[str, int, str], AbstractContextManager[Advance]]
-"""Makes a progress line of (what is going on, how much there is to do, what is counted)."""
-Asked = dict[int, tuple[Conversation, str]]
-"""The question and the reference of each row that is answered, by the row's index."""
+Progress = Callable[[str, int | None, str], AbstractContextManager[Advance]]
+"""Makes a progress line of (what is going on, how much there is to do or None, what is counted)."""
 
 
 @dataclass
@@ -148,24 +142,25 @@ def evaluate(
     asked = [_to_ask(rows, read, candidates, answers) for rows, read in zip(sets, documents, strict=True)]
     for rows, chosen in zip(sets, asked, strict=True):
         _check_references(rows, chosen, patterns)
-    options: dict[str, Any] = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template}
     chosen_tasks = None
     if tasks:
-        settings |= {"tasks": list(tasks), "include_path": include_path, **options}
+        options: dict[str, Any] = {
+            "include_path": include_path,
+            "num_fewshot": num_fewshot,
+            "apply_chat_template": apply_chat_template,
+        }
+        settings |= {"tasks": list(tasks), **options}
         for candidate in candidates if apply_chat_template else ():
             if not candidate.tokenizer.chat_template:
-                raise UserError(
-                    f"--apply_chat_template: the tokenizer of {candidate.name} has none\nmend: leave it out"
-                )
-        with progress("finding tasks", len(tasks), "tasks"):
-            chosen_tasks = harness.find_tasks(tasks, include_path=include_path, limit=limit, seed=seed, **options)
+                raise UserError(f"--apply_chat_template: {candidate.name} has no chat template\nmend: leave it out")
+        with progress("finding the tasks and their data", None, ""):
+            chosen_tasks = harness.find_tasks(tasks, limit=limit, seed=seed, **options)
     results: list[harness.Results] = []
     found = Evaluation({})
     measured: list[list[Measured]] = [[] for _ in sets]
     for role, candidate in enumerate(candidates):
-        with progress(f"loading {candidate.label}", 1, "models") as advance:
+        with progress(f"loading {candidate.name}", None, ""):
             bundle = candidate.load(device, dtype)
-            advance(1)
         found.facts[("model", "baseline")[role]] = candidate.facts(bundle)
         for i, rows in enumerate(sets):
             measured[i].append(_measure(bundle, rows.name, documents[i][role], asked[i], patterns, settings, progress))
@@ -176,8 +171,8 @@ def evaluate(
     found.facts |= {"versions": versions(), "settings": settings, "sets": {}}
     for rows, chosen, models in zip(sets, asked, measured, strict=True):
         sizes = text_sizes(models[0].documents, candidates[0].tokenizer)
-        found.facts["sets"][rows.name] = _summary(rows, chosen, models, sizes, seed)
-        found.answers += _answer_rows(rows.name, chosen, models)
+        found.facts["sets"][rows.name] = summary(rows, chosen, models, sizes, seed)
+        found.answers += answer_rows(rows.name, chosen, models)
     if results:
         compared = harness.against(results[0], results[1], seed) if len(results) > 1 else results[0]
         found.facts["tasks"] = {
@@ -269,40 +264,3 @@ def _measure(
     with progress(f"scoring {name}", len(asked), "answers") as advance:
         scores = scoring.scores(given, [reference for _, reference in asked.values()], patterns, advance)
     return Measured(documents, nll, given, scores)
-
-
-def _summary(rows: EvalSet, asked: Asked, models: list[Measured], sizes: np.ndarray, seed: int) -> dict[str, Any]:
-    """What evaluation.json says of a set: the model's figures, the baseline's, and how they differ."""
-    used = np.logical_and.reduce([m.documents.used for m in models])
-    left_out = Counter({"bad": rows.skipped})
-    for m in models:
-        left_out |= Counter(m.documents.left_out)  # the larger count of each reason
-    found = {
-        "file": rows.file,
-        "content": rows.content[:12],
-        "rows": int(used.sum()),
-        "rows_answered": len(asked),
-        "left_out": dict(+left_out),
-        **figures(models[0], used, sizes),
-    }
-    found["rows_scored"] = {key: int((~np.isnan(score)).sum()) for key, score in models[0].scores.items()}
-    if len(models) > 1:
-        found["same_tokens"] = models[0].documents.same_tokens(models[1].documents)
-        found["baseline"] = figures(models[1], used, sizes)
-        found |= differences(models[0], models[1], used, sizes, seed)
-    return found
-
-
-def _answer_rows(name: str, asked: Asked, models: list[Measured]) -> list[dict[str, Any]]:
-    """A row an answered row: what was asked, what the data says, what each model says, and the scores of that."""
-
-    def scores_at(m: Measured, at: int) -> dict[str, float | None]:
-        return {key: None if np.isnan(score[at]) else round(float(score[at]), 6) for key, score in m.scores.items()}
-
-    found = []
-    for at, (question, reference) in enumerate(asked.values()):
-        row: dict[str, Any] = {"set": name, "line": question.line, "prompt": question.messages, "reference": reference}
-        for prefix, m in zip(("", "baseline_"), models, strict=False):
-            row |= {f"{prefix}answer": m.answers[at], f"{prefix}scores": scores_at(m, at)}
-        found.append(row)
-    return found

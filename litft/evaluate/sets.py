@@ -16,6 +16,8 @@ from litft.data.rows import to_conversation
 from litft.errors import DataError, UserError
 
 BadRows = Literal["error", "skip"]
+Asked = dict[int, tuple[Conversation, str]]
+"""The question and the reference of each row that is answered, by the row's index."""
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.S)
 
 
