@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_tutorials import ROOT, blocks
 from tiny import save_tiny
+
+from litft.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -31,60 +36,84 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, *words: str, **env: str) -> subprocess.Popen:
-    whole = os.environ | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)} | env
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=folder, env=whole, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)
+def start(folder: Path, command: str) -> subprocess.Popen:
+    """A command of the shell, in a process group of its own."""
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def run(folder: Path, *words: str) -> str:
-    process = start(folder, *words)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, (words, out, err)
-    return out
+Run = Callable[..., str]
 
 
-def test_generate(folder: Path) -> None:
-    one, file, talk, piped = blocks("bash", "generate")
-    for command in one.strip().splitlines():
-        assert "error" not in run(folder, "bash", "-c", command)
-    run(folder, "bash", "-c", file)
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A litft command, or a Python script, in this process: what it prints."""
+    monkeypatch.chdir(folder)
+
+    def run(text: str, typed: str = "") -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        if text.startswith("litft "):
+            assert main(shlex.split(text)[1:]) == 0, text
+        else:
+            exec(text, {})
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_generate(folder: Path, run: Run) -> None:
+    one, file, talk, piped = (block.strip() for block in blocks("bash", "generate"))
+    for command in one.splitlines():
+        assert run(command)
+    run(file)
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and {row["messages"][-1]["role"] for row in rows} == {"assistant"}
-    assert "Ctrl-D ends" in run(folder, "bash", "-c", talk)
-    assert run(folder, "bash", "-c", piped).count("model> ") == 2
+    assert "Ctrl-D ends" in run(talk)
+    typed, _, command = piped.partition(" | ")
+    assert run(command, shlex.split(typed)[1].replace("\\n", "\n")).count("model> ") == 2
 
 
-def test_generate_from_python(folder: Path) -> None:
+def test_generate_from_python(run: Run) -> None:
     (script,) = blocks("python", "generate")
-    assert run(folder, sys.executable, "-c", script).startswith("[")
+    assert run(script).startswith("[")
 
 
-def test_serve(folder: Path) -> None:
-    install, curls, keyed = blocks("bash", "serve")
+def test_serve(folder: Path, run: Run) -> None:
+    install, curls, _ = blocks("bash", "serve")
     (script,) = blocks("python", "serve")
-    command = install.strip().splitlines()[1] + " --port 0"
-    server = start(folder, "bash", "-c", f"exec {command}")
+    server = start(folder, f"exec {install.strip().splitlines()[1]} --port 0")
     try:
         said = server.stdout.readline()  # type: ignore[union-attr]
         url = re.match(r"serving mine at (http://127\.0\.0\.1:\d+), a chat page there too; Ctrl-C ends", said)
         assert url, said
-        example = server.stdout.readline().removeprefix("try: ")  # type: ignore[union-attr]
-        assert run(folder, "bash", "-c", example.replace("python ", f"{sys.executable} ", 1)).strip()
-        assert run(folder, sys.executable, "-c", script.replace("http://127.0.0.1:8000", url[1])).strip()
+        example = shlex.split(server.stdout.readline())  # type: ignore[union-attr]
+        assert example[:3] == ["try:", "python", "-c"] and run(example[3])
+        assert run(script.replace("http://127.0.0.1:8000", url[1]))
         if shutil.which("curl"):
-            out = run(folder, "bash", "-c", curls.replace("http://127.0.0.1:8000", url[1]))
+            out, _ = start(folder, curls.replace("http://127.0.0.1:8000", url[1])).communicate(timeout=30)
             assert '"object":"text_completion"' in out and '"status":"ok"' in out and "litft_answers_total" in out
     finally:
         server.send_signal(signal.SIGINT)
         _, err = server.communicate(timeout=15)
     assert server.returncode == 130 and "Traceback" not in err, err
 
-    open_to_all = start(folder, "bash", "-c", f"{keyed.replace('--port 8080', '--port 0').strip()} & wait")
+
+@pytest.mark.slow
+def test_serve_with_a_key(folder: Path) -> None:
+    keyed = blocks("bash", "serve")[2].strip()
+    server = start(folder, keyed.replace("--port 8080", "--port 0").replace(" litft", " exec litft"))
     try:
-        assert "serving mine at http://0.0.0.0" in open_to_all.stdout.readline()  # type: ignore[union-attr]
-        assert "environ['LITFT_API_KEY']" in open_to_all.stdout.readline()  # type: ignore[union-attr]
+        assert "serving mine at http://0.0.0.0" in server.stdout.readline()  # type: ignore[union-attr]
+        assert "environ['LITFT_API_KEY']" in server.stdout.readline()  # type: ignore[union-attr]
     finally:
-        subprocess.run(["pkill", "-TERM", "-P", str(open_to_all.pid)], check=True)
-        _, err = open_to_all.communicate(timeout=15)
-    assert "warning" not in err
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=15)
+    assert "warning" not in err and server.returncode == -signal.SIGTERM
