@@ -34,7 +34,15 @@ def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int, seed: 
         help=f"of the drawing ({'new each time' if seed is None else seed})",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where and how the model is loaded."""
+    add = parser.add_argument
     add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
+    words = "what to compute in (as the weights are stored; float32 on a CPU that is slow in 16 bits)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=words)
     add_trust(parser)
 
 
@@ -47,9 +55,13 @@ def decoding(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> Any:
     """The model that FOLDER names, ready to answer."""
     with waiting(f"loading {args.FOLDER}"):
+        import torch
+
         from litft.infer.load import load_for_inference
 
-        return load_for_inference(args.FOLDER, device=args.device, trust_remote_code=args.trust_remote_code)
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        trusted = args.trust_remote_code
+        return load_for_inference(args.FOLDER, device=args.device, dtype=dtype, trust_remote_code=trusted)
 
 
 def main(argv: list[str]) -> int:

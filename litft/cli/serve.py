@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from litft.cli.generate import MODEL, load
-from litft.cli.parsing import Parser, add_trust, positive
+from litft.cli.generate import MODEL, add_loading, load
+from litft.cli.parsing import Parser, positive
 from litft.errors import UserError
 
 KEY = "LITFT_API_KEY"
@@ -33,8 +33,7 @@ def main(argv: list[str]) -> int:
     add("--max_queue", type=positive, default=256, metavar="N", help="answers that may wait; then 429 (256)")
     add("--max_tokens", type=positive, default=4096, metavar="N", help="most tokens of an answer (4096)")
     add("--max_body_kb", type=positive, default=1024, metavar="N", help="largest request in KiB; then 413 (1024)")
-    add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
-    add_trust(parser)
+    add_loading(parser)
     args = parser.parse(argv)
     try:
         import fastapi  # noqa: F401
