@@ -65,12 +65,16 @@ ALL = [
     ["generate"],
     ["evaluate"],
     ["chat"],
+    ["serve"],
     ["config"],
     ["config", "list"],
     ["config", "show"],
     ["config", "copy"],
     ["config", "check"],
     ["download"],
+    ["report"],
+    ["push"],
+    ["doctor"],
 ]
 
 
