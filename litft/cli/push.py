@@ -29,10 +29,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     from litft.export.push import full_name, prepare, push
 
-    upload = prepare(args.FOLDER, args.repo, args.base)
-    if not args.dry_run:
-        repo = full_name(args.repo)
-        upload = prepare(args.FOLDER, repo, args.base)
+    repo = args.repo if args.dry_run else full_name(args.repo)
+    upload = prepare(args.FOLDER, repo, args.base)
     for note in upload.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{counted(len(upload.files), 'file')}, {upload.size / 1e6:,.1f} MB", file=sys.stderr)

@@ -155,7 +155,7 @@ def _fast_paths() -> Iterator[Row]:
     yield _compile(cuda, native.compiler())
     yield _bitsandbytes("cuda" if cuda else "cpu")
     yield _float8(cuda)
-    yield "liger", _extra("liger_kernel", "liger") if cuda else "not used: for GPUs"
+    yield "liger", _extra("liger_kernel", "liger", "--model.liger true") if cuda else "not used: for GPUs"
     flash = importlib.util.find_spec("flash_attn") is not None
     yield "flash-attn", ("used for" if flash and cuda else "not used, and needed only for") + " soft caps on GPUs"
     dist = torch.distributed
@@ -215,16 +215,13 @@ def _float8(cuda: bool) -> Row:
 
     if not cuda or torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
         return "float8", "not used: no GPU here multiplies it"
-    return "float8", _extra("torchao", "torchao")
+    return "float8", _extra("torchao", "torchao", "--model.float8 true")
 
 
-def _extra(module: str, extra: str) -> str:
+def _extra(module: str, extra: str, flag: str) -> str:
+    """Whether a package that a flag asks for is there."""
     there = importlib.util.find_spec(module) is not None
-    return (
-        f"with --model.{module.replace('liger_kernel', 'liger').replace('torchao', 'float8')}"
-        if there
-        else (f"not installed: pip install 'litft[{extra}]'")
-    )
+    return f"with {flag}" if there else f"not installed: pip install 'litft[{extra}]'"
 
 
 def _memory_and_disk() -> Iterator[Row]:

@@ -18,8 +18,9 @@ from litft.models.resolve import cached_id, enter, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 TEXTS = (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".py", "Modelfile")
+PROSE = (".md", ".py", ".jinja")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
-"""Files that may hold any word, so that only what has the form of a token counts there."""
+"""These and prose may hold any word, such as api_key="EMPTY": only what has the form of a token counts there."""
 ADAPTER = "adapter_config.json"
 REFUSED = {
     401: ("the hub doesn't know this token", "log in: hf auth login, or set HF_TOKEN"),
@@ -226,6 +227,8 @@ def _name_base(upload: Upload, base: str | None) -> None:
         )
     if known != named:
         config["base_model_name_or_path"] = known
+        if cached and not base:
+            config["revision"] = cached[1]
         upload.rewritten[ADAPTER] = json.dumps(config, indent=2, sort_keys=True) + "\n"
         upload.notes.append(f"{ADAPTER} names {known} as the base" + ("" if base else f" (here: {Path(named).name})"))
 
@@ -269,18 +272,29 @@ def _check_texts(upload: Upload) -> None:
             continue
         path = upload.folder / file
         text = upload.rewritten.get(file.as_posix()) or path.read_text(encoding="utf-8", errors="replace")
-        any_word = file.name in VOCABULARIES
-        if issued(text) or (not any_word and hide(text) != text):
-            lines = enumerate(text.splitlines(), 1)
-            line = next((n for n, one in lines if issued(one) or (not any_word and hide(one) != one)), 1)
+        free = file.suffix in PROSE or file.name in VOCABULARIES
+        holds = issued if free else _holds_secret
+        if holds(text):
+            line = next((number for number, one in enumerate(text.splitlines(), 1) if holds(one)), 1)
             raise UserError(
                 f"{path}:{line}: holds what looks like a token or a password; nothing is uploaded\n"
                 "mend: take it out; if it was ever public, revoke it"
             )
-        if file.suffix == ".json" and not any_word and (key := _path_in(json.loads(text))):
+        if file.suffix == ".json" and not free and (key := _path_in(_parsed(path, text))):
             raise UserError(
                 f"{path}: {key} is a path of this machine\nmend: take that key out, or set it to a name of the hub"
             )
+
+
+def _holds_secret(text: str) -> bool:
+    return issued(text) or hide(text) != text
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON: {error}\nmend: export the model again, or remove the file") from error
 
 
 def _path_in(value: Any, key: str = "") -> str | None:

@@ -157,6 +157,7 @@ def test_bases_that_the_hub_knows_by_another_name(run: Path, named: str, known: 
     upload = prepare(run, "me/mine")
     text = upload.rewritten.get("adapter_config.json", config.read_text())
     assert json.loads(text)["base_model_name_or_path"] == known
+    assert json.loads(text).get("revision") == ("b" * 40 if "snapshots" in named else None)
     assert bool(upload.notes) == (named != known)
 
 
@@ -197,6 +198,17 @@ def test_words_of_a_vocabulary_are_no_passwords(run: Path) -> None:
     file = run / "final" / "vocab.json"
     file.write_text(json.dumps({"password": 17000, "token": 123456, "api_key": 99999999}))
     assert "vocab.json" in [path.name for path in prepare(run, "me/mine", "org/tiny").files]
+
+
+def test_a_card_may_show_how_a_server_is_asked(run: Path) -> None:
+    card = run / "final" / "README.md"
+    card.write_text(card.read_text() + '\n```python\nclient = OpenAI(api_key="not-needed-here")\n```\n')
+    assert 'api_key="not-needed-here"' in prepare(run, "me/mine", "org/tiny").rewritten["README.md"]
+
+
+def test_json_that_is_none(run: Path) -> None:
+    (run / "final" / "extra.json").write_text("{")
+    assert "is no JSON" in refused(run)
 
 
 def test_paths_of_this_machine(run: Path) -> None:
