@@ -217,11 +217,10 @@ class _Guard:
                 return ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
         if self._key is None and self._local:
             # A page of another site may make the browser call this server, even by a name that it lets point here.
-            host = headers.get("host", "")
-            if urlsplit(f"//{host}").hostname not in LOCAL:
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if _netloc(f"//{host}")[0] not in LOCAL:
                 return ApiError(403, f"this server answers to the names {', '.join(LOCAL)} only", code="unknown_host")
-            origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != host:
+            if origin is not None and _netloc(origin)[1] != host:
                 return ApiError(403, "pages of other sites may not use this server", code="foreign_origin")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body:
@@ -230,6 +229,15 @@ class _Guard:
 
     def _too_large(self) -> str:
         return f"the request is larger than {self._max_body:,} bytes"
+
+
+def _netloc(url: str) -> tuple[str | None, str | None]:
+    """The host of a URL, and the host with its port; None where it is no URL."""
+    try:
+        parts = urlsplit(url)
+        return parts.hostname, parts.netloc
+    except ValueError:
+        return None, None
 
 
 _COUNTED = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/"}

@@ -246,6 +246,17 @@ def test_a_model_with_a_state_is_answered_by_transformers(llama: ChatModel, capl
     assert "keep a state" in caplog.text
 
 
+def test_angles_that_depend_on_the_longest_row_keep_rows_apart(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    folder = save_tiny(tmp_path / "dynamic", "llama", rope_parameters=rope, max_position_embeddings=32)
+    bundle = bundle_of(folder)
+    rows = [ask(bundle, ids, 12) for ids in prompts()[:4]]
+    Engine(bundle).run(rows)
+    assert "longest row" in str(rows[0].alone)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert [row.new for row in rows] == [oracle(model, row.ids, 12) for row in rows]
+
+
 def test_transformers_stops_at_stop_texts_and_cancels(llama: ChatModel) -> None:
     own = GenerationConfig(no_repeat_ngram_size=3)
     bundle = ChatModel(llama.model, llama.tokenizer, own, set(), llama.encoder, "odd")
