@@ -463,6 +463,18 @@ def test_generate_prints_only_the_answer_that_transformers_gives(litft: Run, tin
     assert out == expected[: expected.index(stop)].rstrip() + "\n"
 
 
+def test_generate_computes_in_the_precision_asked_for(litft: Run, tiny_llama: Path) -> None:
+    from litft.infer import generate
+
+    seen: list[Any] = []
+    real = generate.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "generate", lambda b, *a, **k: (seen.append(b.model.dtype), real(b, *a, **k))[1])
+        for dtype in ("bfloat16", "float32"):
+            assert litft("generate", tiny_llama, "--prompt", "x", "--dtype", dtype, "--min_p", "0.1")[0] == 0
+    assert seen == [torch.bfloat16, torch.float32]
+
+
 def test_generate_draws_the_same_from_the_same_seed(litft: Run, tiny_llama: Path) -> None:
     def draw(seed: int) -> str:
         options = ["--temperature", 1.5, "--max_new_tokens", 12, "--seed", seed]

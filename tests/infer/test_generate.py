@@ -185,6 +185,8 @@ def test_the_context_bounds_the_answer_of_its_own_row_only(tmp_path: Path) -> No
         ({"top_p": 0.0}, "--top_p 0.0: above 0"),
         ({"top_p": 1.5}, "--top_p 1.5"),
         ({"top_k": -1}, "--top_k -1"),
+        ({"min_p": 1.5}, "--min_p 1.5: 0 to 1"),
+        ({"stop": ["a", ""]}, "--stop '': an empty text"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0: at least 1"),
         ({"batch_size": 0}, "--batch_size 0: at least 1"),
     ],

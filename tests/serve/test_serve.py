@@ -308,6 +308,24 @@ def test_what_fails_in_the_model_fails_those_requests_only(bundle: ChatModel, ca
         assert ask(client, max_tokens=2).choices
 
 
+def test_what_a_model_cannot_do_is_said(tmp_path: Path, bundle: ChatModel) -> None:
+    plain = load_for_inference(save_tiny(tmp_path / "base", template=None), device="cpu")
+    with served(plain) as (_, url):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="no chat template; it takes /v1/completions"):
+            ask(client)
+        assert client.completions.create(model="tiny", prompt="the river", max_tokens=3).choices
+    own = type(bundle.settings)(no_repeat_ngram_size=3)
+    odd = ChatModel(bundle.model, bundle.tokenizer, own, bundle.stop_ids, bundle.encoder)
+    with served(odd) as (_, url):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match=r"no log-probabilities .* no_repeat_ngram_size"):
+            ask(client, logprobs=True)
+        whole = ask(client, max_tokens=9).choices[0].message.content
+        stream = ask(client, max_tokens=9, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
+
+
 # -- who may call ------------------------------------------------------------------------------------------------------
 
 
