@@ -129,6 +129,25 @@ def test_a_pissa_adapter_of_pefts_that_needs_the_whole_weights(tmp_path: Path) -
     assert distance(logits(AutoModelForCausalLM.from_pretrained(written.folder)), expected) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_embeddings_that_peft_resized_and_stored_with_the_adapter(tmp_path: Path, family: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = save_tiny(tmp_path / "base", family)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|new|>", "<|newer|>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    perturb(model)
+    x = torch.tensor([[5, VOCAB, 9, VOCAB + 1, 70]])
+    expected = logits(model, x)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    written = merge(resolve(tmp_path / "adapter"), tmp_path / "merged")
+    assert written.merged is not None
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(written.folder), x), expected) < 1e-4
+
+
 def test_files_are_cut_at_the_size_that_is_asked_for(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
