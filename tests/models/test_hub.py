@@ -113,7 +113,8 @@ def mirror() -> Iterator[str]:
 
 
 def test_j1_only_what_cannot_run_is_fetched_from_the_mirror(mirror: str, tmp_path: Path) -> None:
-    texts = ["additional_chat_templates/tool_use.jinja", "chat_template.jinja", "config.json", "tokenizer.json"]
+    texts = ["README.md", "additional_chat_templates/tool_use.jinja", "chat_template.jinja", "config.json"]
+    texts += ["tokenizer.json"]
     found = fetch(
         mirror,
         tmp_path,
