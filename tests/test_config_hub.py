@@ -8,6 +8,7 @@ import json
 import pytest
 import yaml
 
+import litft
 from litft.cli.arguments import config_hub, find_config, hub_names
 from litft.cli.main import main
 from tests.tiny import chat_rows, save_tiny
@@ -20,8 +21,21 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     for family in set(FAMILY.values()):
         save_tiny(folder / family, family)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(40, 0)))
+    chats = chat_rows(40, 0)
+    refusal = {"role": "assistant", "content": "I would rather not say."}
+    pairs = [{"prompt": row["messages"][:-1], "chosen": row["messages"][-1], "rejected": [refusal]} for row in chats]
+    labelled = [row | {"label": index % 3 > 0} for index, row in enumerate(chats)]
+    for kind, rows in {"chats": chats, "pairs": pairs, "labelled": labelled}.items():
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def method_of(name):
+    """The word after `litft finetune`, and the kind of rows that it takes."""
+    from litft.cli.keys import METHODS
+
+    method = name.rpartition("-")[2]
+    return method, getattr(litft, METHODS[method].method.removeprefix("litft.")).rows
 
 
 def test_the_promised_ones_are_there():
@@ -33,10 +47,12 @@ def test_the_promised_ones_are_there():
 
 @pytest.mark.parametrize("name", hub_names())
 def test_each_runs_two_steps(name, material, tmp_path):
-    tuner = name.rpartition("-")[2]
+    method, rows = method_of(name)
     model = material / FAMILY[name.partition("/")[0]]
     out = tmp_path / "out"
-    words = ["finetune", tuner, "--config", name, "--model", str(model), "--data", str(material / "rows.jsonl")]
+    words = ["finetune", method, "--config", name, "--model", str(model), "--data", str(material / f"{rows}.jsonl")]
+    if method == "distill":
+        words += ["--model.teacher", str(model)]
     assert (
         main(
             [
@@ -55,17 +71,21 @@ def test_each_runs_two_steps(name, material, tmp_path):
     )
     with open(out / "metrics.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+    tuner = yaml.safe_load(find_config(name).read_text())["model"]["tuner"]
     assert (out / "final" / ("config.json" if tuner == "full" else "adapter_config.json")).exists()
 
 
 @pytest.mark.parametrize("name", hub_names())
 def test_each_states_only_what_differs_from_the_defaults(name):
-    from litft import Method
-
-    stated = yaml.safe_load(find_config(name).read_text())["model"]
-    assert stated.pop("tuner") == name.rpartition("-")[2]
     import inspect
 
-    defaults = {key: p.default for key, p in inspect.signature(Method).parameters.items()}
+    from litft.cli.keys import METHODS, TUNERS
+
+    stated = yaml.safe_load(find_config(name).read_text())["model"]
+    method = name.rpartition("-")[2]
+    assert stated.pop("tuner") == method if method in TUNERS else stated.pop("tuner") in TUNERS
+    owners = getattr(litft, METHODS[method].method.removeprefix("litft.")).__mro__
+    own = [inspect.signature(owner.__init__).parameters for owner in owners if "__init__" in vars(owner)]
+    defaults = {key: p.default for parameters in reversed(own) for key, p in parameters.items()}
     same = [key for key, value in stated.items() if defaults[key] == value and key != "path"]
     assert not same and len((config_hub() / f"{name}.yaml").read_text().splitlines()) < 12
