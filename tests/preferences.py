@@ -8,7 +8,7 @@ from typing import Any
 
 from tiny import CHATML, save_tiny, tiny_tokenizer, write_jsonl
 
-NO_NEWLINE = CHATML.replace("'<|im_end|>' + '\\n'", "'<|im_end|>'")
+NO_NEWLINE = CHATML.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")
 """ChatML that ends with the end of the turn, as TRL then counts the same completion tokens as we do."""
 _WORDS = ["sun", "moon", "river", "stone", "bird", "old", "quick", "under", "nine", "because", "what", "light"]
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ def even_rows(n: int, labelled: bool, low: int, high: int, seed: int = 0) -> lis
         answers = [row["completion"]] if labelled else [row["chosen"], row["rejected"]]
         return sum(len(tokenizer.apply_chat_template(row["prompt"] + a, return_dict=False)) for a in answers)
 
-    some = (labelled_rows if labelled else pair_rows)(40 * n, seed)
+    some = labelled_rows(20 * n, seed, 90) if labelled else pair_rows(20 * n, seed, 24)
     fitting = [row for row in some if low <= size(row) <= high][:n]
     assert len(fitting) == n, len(fitting)
     return fitting

@@ -20,7 +20,7 @@ class Contrastive(Preference):
         beta: factor on the difference; 0.1 for cpo, 2 for simpo.
         label_smoothing: probability that the two answers of a pair are swapped.
         nll_weight: weight of the chosen answers' cross-entropy; 1 for cpo, 0 for simpo (above, it is CPO-SimPO).
-        nll_on: its tokens: those of the chosen answer, or its prompt's as well (as TRL has it).
+        nll_on: its tokens: those of the chosen answer, or its prompt's as well.
         options: of `Method`.
     """
 

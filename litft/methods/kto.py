@@ -74,4 +74,5 @@ class KTO(Referenced):
         for side, which in (("chosen", good), ("rejected", ~good)):
             note(f"rewards/{side}", torch.where(which, rewards, 0.0), which.sum())
             note(f"logps/{side}", torch.where(which, log_p, 0.0), which.sum())
+        self.measures.subtract("rewards/margins", "rewards/chosen", "rewards/rejected")
         note("kl", kl.expand(len(rewards)))

@@ -13,6 +13,7 @@ class Measures:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._differences: dict[str, tuple[str, str]] = {}
 
     def add(self, name: str, values: Tensor, count: Tensor | int | None = None) -> None:
         """Take in a figure of some rows.
@@ -28,6 +29,10 @@ class Measures:
         pair = torch.stack([values.sum(), count])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def subtract(self, name: str, of: str, other: str) -> None:
+        """Let a figure be the difference of the means of two others, of which rows may have one each."""
+        self._differences[name] = of, other
+
     def means(self, strategy: Any) -> dict[str, float]:
         """The means over the rows of all processes; NaN of none.
 
@@ -37,4 +42,5 @@ class Measures:
         if not self._sums:
             return {}
         sums = strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
-        return dict(zip(self._sums, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        found = dict(zip(self._sums, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        return found | {name: found[of] - found[other] for name, (of, other) in self._differences.items()}
