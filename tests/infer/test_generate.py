@@ -230,7 +230,7 @@ def test_a_stream_tells_whether_the_answer_came_to_its_end(llama: ChatModel) -> 
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(max_size=40), stop=st.lists(st.text(min_size=1, max_size=3), max_size=2))
+@given(text=st.text(max_size=150), stop=st.lists(st.text(min_size=1, max_size=3), max_size=2))
 def test_what_was_streamed_is_never_taken_back(text: str, stop: list[str]) -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
