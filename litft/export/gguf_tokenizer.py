@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -278,21 +279,48 @@ def _scores(tokenizer: PreTrainedTokenizerBase, model: dict[str, Any], tokens: l
 
 
 def _adds_blank(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], notes: list[str]) -> bool:
-    """Whether a blank is put before text, at its start and after each special token: llama.cpp does both or neither."""
+    """Whether llama.cpp shall put a blank before text, at its start and after each special token: both or neither.
+
+    Tokenizers have finer rules. What keeps chats as they are goes first, then what keeps text without special tokens.
+    """
     odd = [p["type"] for p in _parts(state["normalizer"]) if p["type"] not in ("Prepend", "Replace")]
     odd += [p["type"] for p in _parts(state["pre_tokenizer"]) if p["type"] not in ("Metaspace", "Split")]
     if odd or "".join(_pieces(tokenizer, "a  b")).lstrip("▁") != "a▁▁b":
         raise UserError(f"GGUF: llama.cpp does not rewrite text as this tokenizer does ({', '.join(odd) or 'blanks'})")
-    mark = next((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), None)
     start = _pieces(tokenizer, "ab")[0].startswith("▁")
-    after = start if mark is None else _pieces(tokenizer, f"{mark}ab")[1].startswith("▁")
-    if start == after:
+    if not tokenizer.chat_template:
         return start
-    if tokenizer.chat_template:  # which begins with a special token, so that text never stands at the start
+    try:
+        turns = [
+            {"role": role, "content": text} for role, text in (("user", "ab"), ("assistant", "cd"), ("user", "e f"))
+        ]
+        chat = rendered(tokenizer, turns)
+    except ValueError:
+        return start
+    wanted = _pieces(tokenizer, chat)
+    found = next((blank for blank in (start, not start) if _as_llama_cpp(tokenizer, chat, blank) == wanted), None)
+    if found is None:
+        notes.append("llama.cpp puts blanks into chats otherwise than this tokenizer: compare answers")
+    elif found != start:
         notes.append("text that does not follow a special token has no blank before it in llama.cpp, as it has here")
-        return False
-    notes.append("llama.cpp puts a blank before text that follows a special token, which this tokenizer does not")
-    return True
+    return start if found is None else found
+
+
+def _as_llama_cpp(tokenizer: PreTrainedTokenizerBase, text: str, blank: bool) -> list[str]:
+    """The pieces that llama.cpp makes of a text: between special tokens, each stretch by itself."""
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    longest = sorted(map(re.escape, added), key=len, reverse=True)
+    pieces: list[str] = []
+    for part in re.split(f"({'|'.join(longest)})", text):
+        if part in added:
+            pieces.append(part)
+            continue
+        if pieces and pieces[-1] in added and added[pieces[-1]].rstrip:
+            part = part.lstrip()
+        if part:
+            written = " " * blank + part
+            pieces += [token.value for token in tokenizer.backend_tokenizer.model.tokenize(written.replace(" ", "▁"))]
+    return pieces
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:

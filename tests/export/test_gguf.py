@@ -226,6 +226,22 @@ def test_sentencepiece_like(blank: str) -> None:
     assert scores == sorted(scores, reverse=True)  # as sentencepiece orders them
 
 
+def test_a_blank_that_the_chat_template_writes_is_not_doubled() -> None:
+    """Metaspace puts none where there is one, as after Mistral's [INST]; llama.cpp puts one before any text."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    made = spm("always")
+    spm.cache_clear()
+    made.backend_tokenizer.normalizer = normalizers.Sequence([])
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    assert vocabulary(made, len(made)).adds["space"]
+    made.chat_template = "{% for m in messages %}{{ '<|im_start|> ' + m['content'] }}{% endfor %}"
+    found = vocabulary(made, len(made))
+    assert not found.adds["space"] and any("no blank before it" in note for note in found.notes)
+    made.chat_template = "{% for m in messages %}{{ '<s>x<|im_start|> ' + m['content'] }}{% endfor %}"
+    assert any("compare answers" in note for note in vocabulary(made, len(made)).notes)
+
+
 def test_merges_that_no_sentencepiece_model_gives_are_refused() -> None:
     from tokenizers import Tokenizer
 

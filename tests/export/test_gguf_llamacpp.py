@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from tiny import chat_rows, save_tiny, tiny_model
 from tiny_tokenizers import BYTE_LEVEL, HARD, SPM, byte_level, spm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -141,6 +143,19 @@ def test_tokens_of_hard_strings(kind: str, tmp_path: Path) -> None:
         assert model.tokenize(b"Hello", add_bos=True) == tokenizer("Hello")["input_ids"] or kind == "first"
 
 
+@pytest.mark.parametrize(("dtype", "code"), [("q8_0", 7), ("q4_0", 2), ("q4_1", 3), ("q5_0", 8), ("q5_1", 9)])
+def test_bytes_are_those_of_llama_cpps_own_quantizer(dtype: str, code: int, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "qwen2", tie_word_embeddings=False)
+    whole = exported(tmp_path / "model", tmp_path / "f32")
+    ours = exported(tmp_path / "model", tmp_path / dtype, dtype)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.pure, options.nthread, options.output_tensor_type = code, True, 1, 8
+    theirs = tmp_path / "theirs.gguf"
+    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(theirs).encode(), ctypes.byref(options)) == 0
+    expected = {t.name: (t.tensor_type, t.data.tobytes()) for t in GGUFReader(theirs).tensors}
+    assert {t.name: (t.tensor_type, t.data.tobytes()) for t in GGUFReader(ours).tensors} == expected
+
+
 def test_stops_on_a_trained_token_that_it_does_not_know_by_name(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -240,7 +255,7 @@ def test_adapter_file_is_the_merged_model(
         assert [greedy(model, prompt) for prompt, _, _ in answers] == [plain for _, _, plain in answers]
 
 
-# The weights came on a grid of 4 bits (q4_1), which that dtype meets again. The adapter is random: many tokens are close.
+# The base came in q4_1, whose grid that dtype meets again; the adapter is random, so that many tokens are close.
 LEAST = {"f32": 1.0, "f16": 0.98, "bf16": 0.96, "q8_0": 0.93, "q5_1": 0.75, "q5_0": 0.75, "q4_1": 0.8, "q4_0": 0.6}
 
 
