@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         out = new_output(args.out, source)
         module, _, name = target.function.partition(":")
         export = getattr(importlib.import_module(module), name)
-    with progress("exporting", None, "weights") as advance:
+    with progress("exporting", None, "steps") as advance:
         lines = export(
             source,
             out,

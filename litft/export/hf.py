@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from litft.errors import UserError
 from litft.export.card import derived_card
 from litft.export.final import clean_tokenizer, control_ids, generation_settings, new_folder, save_text_files
 from litft.export.weights import exported_config, full_state_dict, save_weights, split, stored_dtype, write_index
@@ -75,7 +77,7 @@ def export_hf(
         Failed: what was written doesn't answer as the model does.
     """
     if source.adapter is not None and adapter == "keep":
-        keep_adapter(source, out, dtype=dtype)
+        keep_adapter(source, out, dtype=dtype, trust_remote_code=trust_remote_code)
         return [f"{out}: the adapter, as PEFT loads it", f"its base: {source.base_name}"]
     written = write_model(source, out, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
     return describe(source, written)
@@ -119,7 +121,7 @@ def write_model(
         What was written.
 
     Raises:
-        UserError: the adapter doesn't fit the model.
+        UserError: the adapter doesn't fit the model, or the model the disk.
         Failed: what was written doesn't answer as the model does.
     """
     import torch
@@ -136,6 +138,7 @@ def write_model(
     code: Any = {"trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(source, **code)
     weights = merged_weights(source, tokenizer, **code)
+    check_disk(source, out, target)
     with new_folder(out) as new:
         if weights is None:
             count, merged, config = _write_whole(source, tokenizer, new, target, as_stored, shard_bytes, code)
@@ -149,6 +152,23 @@ def write_model(
                 shutil.copy(file, new)
         check = verify(source, tokenizer, new, target, weights=weights, progress=report, **code)
     return Written(out, target, count, merged, check)
+
+
+def check_disk(source: ModelSource, out: Path, dtype: torch.dtype) -> None:
+    """Refuse to begin on a model that the disk has no room for.
+
+    Raises:
+        UserError: saying how much is needed, and how much there is.
+    """
+    from litft.models.stored import stored_tensors
+
+    need = dtype.itemsize * sum(math.prod(tensor.shape) for tensor in stored_tensors(source.folder).values())
+    above = next(folder for folder in out.parents if folder.is_dir())
+    if (free := shutil.disk_usage(above).free) < need:
+        raise UserError(
+            f"--out {out}: takes {need / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB free\n"
+            "mend: make room, or name a folder on another disk"
+        )
 
 
 def _write_one_by_one(weights: Any, folder: Path, dtype: torch.dtype, shard_bytes: float, report: Progress) -> None:
@@ -255,18 +275,19 @@ def template_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return set()
 
 
-def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None) -> None:
+def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> None:
     """Write an adapter folder as PEFT and vLLM load it: its tensors, tokenizer and settings, and where its base is.
 
     Args:
         source: an adapter.
         out: of `new_output`.
         dtype: bf16, fp16 or fp32; None is the one in which it is stored.
+        trust_remote_code: run the Python code that the base brings.
     """
     import torch
     from safetensors.torch import save_file
 
-    from litft.models.load import load_tokenizer
+    from litft.models.load import load_config, load_tokenizer
     from litft.tuners.peft_format import CONFIG, WEIGHTS, read_config, read_tensors
 
     assert source.adapter is not None
@@ -274,15 +295,13 @@ def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None) ->
     if dtype is not None:
         tensors = {name: tensor.to(getattr(torch, DTYPES[dtype])) for name, tensor in tensors.items()}
     settings = read_config(source.adapter) | {"base_model_name_or_path": source.base_name, "revision": source.revision}
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     stops = template_stops(tokenizer)
     with new_folder(out) as new:
         save_file(tensors, new / WEIGHTS, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copymode(new / CONFIG, new / WEIGHTS)
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.folder)
         generation = generation_settings(own_settings(source, config), tokenizer, stops)
         save_text_files(clean_tokenizer(tokenizer, stops), generation, new, partial(derived_card, source))
 

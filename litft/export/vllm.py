@@ -52,7 +52,7 @@ def export_vllm(
             f"{source.name}: vLLM can't run this adapter beside its base: {', '.join(reasons)}\nmend: --adapter merge"
         )
     if source.adapter is not None and not reasons and adapter != "merge":
-        keep_adapter(source, out, dtype=dtype)
+        keep_adapter(source, out, dtype=dtype, trust_remote_code=trust_remote_code)
         check_adapter(out)
         rank = served_rank(read_config(out)["r"])
         flags = f"--enable-lora --lora-modules {shlex.quote(f'{out.name}={out}')} --max-lora-rank {rank}"
@@ -100,7 +100,7 @@ def check_model(folder: Path) -> None:
     Raises:
         Failed: something is missing.
     """
-    _require(folder, "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    _require(folder, "config.json", "tokenizer_config.json", "generation_config.json")
     config = read_json(folder / "config.json")
     if not config.get("architectures") or "quantization_config" in config:
         raise Failed(f"{folder / 'config.json'}: names no architecture, or claims a quantisation")

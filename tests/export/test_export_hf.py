@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,9 +114,14 @@ def test_vllm_takes_a_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
 
 
-def test_vllms_own_list_of_ranks() -> None:
-    config = pytest.importorskip("vllm.config.lora", reason="vLLM is not installed")
-    assert get_args(config.MaxLoRARanks) == RANKS
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny(tmp_path / "base")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
+    assert main(["export", str(base), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
+    assert "the disk has 0.0 GB free" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_wrong_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
