@@ -62,7 +62,8 @@ def test_a_run_and_its_folder(finetune: Any, capsys: pytest.CaptureFixture[str])
     assert finetune("--out", "out", "--trainer.max_steps", 6) == 0
     printed = capsys.readouterr()
     out = Path("out")
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "run.json", "metrics.csv", "checkpoints", "final"}
+    names = {"config.yaml", "run.json", "report.html", "metrics.csv", "checkpoints", "final"}
+    assert {p.name for p in out.iterdir()} == names
     assert (out / "metrics.csv").read_text().splitlines()[0] == COLUMNS
     rows = records(out)
     assert [int(r["step"]) for r in rows] == list(range(7))
