@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,13 +195,11 @@ def settings_of(source: ModelSource) -> Any:
 
 
 def name_of(source: ModelSource) -> str:
-    """A short name: the run's, the folder's or the repository's."""
-    folder = (
-        Path(source.name).name if source.hub_id and source.adapter is None else (source.adapter or source.folder).name
-    )
-    if folder == "final":
-        folder = (source.adapter or source.folder).parent.name
-    return folder
+    """A short name that can be a file's: the run's, the folder's or the repository's."""
+    typed = Path(source.name).expanduser()
+    folder = (source.adapter or source.folder) if typed.exists() else typed
+    name = folder.parent.name if folder.name == "final" else folder.name
+    return re.sub(r"[^\w.-]+", "-", name).strip("-") or "model"
 
 
 def shown_name(name: str, words: Vocabulary) -> str:

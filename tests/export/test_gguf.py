@@ -96,6 +96,11 @@ def test_base_comes_back_as_the_file_it_was_made_of(
         assert field(ours, key) == field(original, key), key
 
 
+def test_file_is_called_as_the_run_is(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    shutil.copytree(tiny_folder("qwen3"), tmp_path / "my run (1)" / "final")
+    assert exported(tmp_path / "my run (1)", tmp_path / "out").name == "my-run-1-f32.gguf"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_each_dtype_stores_how(dtype: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "qwen2", tie_word_embeddings=False)
