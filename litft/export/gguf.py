@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,6 +245,7 @@ def write_tensors(
         progress: called with how many tensors were written since, and their total.
 
     Raises:
+        UserError: the disk has no room for them.
         Failed: a weight is not finite, or too large for fp16.
     """
     from gguf import GGMLQuantizationType as Type
@@ -257,6 +259,7 @@ def write_tensors(
         else:
             bytes_shape = quant_shape_to_byte_shape(shape, kind)
             writer.add_tensor_info(name, bytes_shape, np.dtype(np.uint8), math.prod(bytes_shape), raw_dtype=kind)
+    _check_disk(writer)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -267,6 +270,16 @@ def write_tensors(
                 progress(1, len(shapes))
     finally:
         writer.close()
+
+
+def _check_disk(writer: GGUFWriter) -> None:
+    need = sum(tensor.nbytes for part in writer.tensors for tensor in part.values())
+    assert writer.path is not None
+    if (free := shutil.disk_usage(writer.path.parent).free) < need:
+        raise UserError(
+            f"the file takes {need / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB free\n"
+            "mend: make room, name another --out, or a smaller --dtype"
+        )
 
 
 def _converted(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:

@@ -401,6 +401,14 @@ def test_weights_that_do_not_fit_leave_nothing(value: float, dtype: str, said: s
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "model")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore
+    with pytest.raises(UserError, match="GB free"):
+        export_gguf(resolve(tmp_path / "model"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_folder: Callable[..., Path]) -> None:
     shutil.copytree(tiny_folder("qwen3"), tmp_path / "mine" / "final")
     words = ["export", str(tmp_path / "mine"), "--to", "gguf", "--out", str(tmp_path / "out")]
