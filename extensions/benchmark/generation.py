@@ -22,7 +22,7 @@ Answers = list[list[int]]
 
 
 def by_transformers(bundle: ChatModel, rows: list[list[int]], longest: int, batch: int) -> Answers:
-    """transformers' `generate`, padded on the left, prompts sorted by length; the answers up to their stop tokens."""
+    """Transformers' `generate`, padded on the left, prompts sorted by length; the answers up to their stop tokens."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     answers: Answers = [[] for _ in rows]
     model: Any = bundle.model
