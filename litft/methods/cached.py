@@ -75,7 +75,7 @@ def _read(path: Path, count: int) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError):  # not there, or damaged: computed anew
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):  # not there, or damaged: computed anew
         return None
     whole = all(len(values) == count and np.isfinite(values).all() for values in found.values())
     return found if found and whole else None
