@@ -22,6 +22,7 @@ class Trace:
     rows: list[list[int]] = field(default_factory=list)
     micro_batches: list[int] = field(default_factory=list)
     val_losses: list[dict[str, float]] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
     modes: set[bool] = field(default_factory=set)
@@ -49,6 +50,7 @@ class Tracer(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.trace.losses.append(float(trainer.strategy.reduce(outputs["loss"].clone(), reduce_op="mean")))
         self.trace.norms.append(float(pl_module.grad_norm))
+        self.trace.figures.append(pl_module.measures.means(trainer.strategy))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self.trace.val_losses.append(pl_module.val_losses)

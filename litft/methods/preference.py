@@ -151,7 +151,8 @@ class Referenced(Preference):
         """Load the model and apply the tuner, and take note of what the model is before training."""
         super().build(precision, device, parallel)
         self._precision = str(precision)
-        if self.reference_kind == "live":
+        continued = self.source.adapter is not None and not self.tuner.trains_base
+        if self.reference_kind == "live" or continued:  # a checkpoint would take the adapter's beginning away
             self.reference = self.make_reference()
         return self
 

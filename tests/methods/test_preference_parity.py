@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback
 from preferences import NO_NEWLINE, Row, even_rows, save_model
 from test_parity import peft_twin
 from tiny import tiny_tokenizer, write_jsonl
@@ -54,16 +53,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[list[Row]
     folder = tmp_path_factory.mktemp("rows")
     found = {kind: even_rows(STEPS * ROWS_PER_STEP, kind, 81, 100) for kind in (False, True)}
     return {kind: (some, write_jsonl(folder / f"{kind}.jsonl", some)) for kind, some in found.items()}
-
-
-class Figures(Callback):
-    """What is measured in each step."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.steps.append(pl_module.measures.means(trainer.strategy))
 
 
 def trainer_of(kind: str) -> tuple[Any, Any]:
@@ -151,7 +140,7 @@ def test_losses_figures_and_weights_are_trls(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    case, figures = CASES[name], Figures()
+    case = CASES[name]
     kind, (some, file) = case["kind"], rows[name in LABELLED]
     start: dict[str, torch.Tensor] = {}
 
@@ -167,7 +156,6 @@ def test_losses_figures_and_weights_are_trls(
         tokens_per_step=BUDGET,
         tokens_per_batch=tokens_per_batch,
         change=keep,
-        callbacks=[figures],
     )
     assert [len(step) for step in mine.rows] == [ROWS_PER_STEP] * STEPS
     assert set(mine.micro_batches) == {1 if tokens_per_batch == PARTS[0] else ROWS_PER_STEP}
@@ -179,7 +167,7 @@ def test_losses_figures_and_weights_are_trls(
     assert len(losses) == STEPS
     assert mine.losses == pytest.approx(losses, rel=1e-5, abs=1e-6)
     assert max(abs(a - b) for a, b in itertools.pairwise(losses)) > 1e-3
-    same_figures(figures.steps, records, set(mine.method.measured), case["theirs"])
+    same_figures(mine.figures, records, set(mine.method.measured), case["theirs"])
     after = {n: p.detach() for n, p in theirs.named_parameters() if p.requires_grad}
     if tuner == "lora":
         after = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in after.items()}
