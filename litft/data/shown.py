@@ -83,17 +83,18 @@ def describe(rows: Selection, tokenizer: PreTrainedTokenizerBase, examples: int 
     edges, counts = histogram(rows.lengths)
     shown = []
     for index in range(min(examples, len(rows))):
-        ids, trained = rows.read(index)
-        some, flags = ids[:SHOWN_TOKENS].tolist(), trained[:SHOWN_TOKENS].tolist()
-        shown.append(
-            {
-                "row": rows.name(index),
-                "tokens": len(ids),
-                "trained": int(trained.sum()),
-                "pieces": pieces(tokenizer, some, flags),
-                "cut": len(ids) > SHOWN_TOKENS,
-            }
-        )
+        documents = rows.documents(index)  # several in rows of preferences
+        for number, (ids, trained) in enumerate(documents, 1):
+            some, flags = ids[:SHOWN_TOKENS].tolist(), trained[:SHOWN_TOKENS].tolist()
+            shown.append(
+                {
+                    "row": rows.name(index) + (f", answer {number}" if len(documents) > 1 else ""),
+                    "tokens": len(ids),
+                    "trained": int(trained.sum()),
+                    "pieces": pieces(tokenizer, some, flags),
+                    "cut": len(ids) > SHOWN_TOKENS,
+                }
+            )
     median, longest = int(np.median(rows.lengths)), int(rows.lengths.max())
     return {
         "lengths": {"edges": edges, "counts": counts, "median": median, "longest": longest},

@@ -20,6 +20,7 @@ CARD = "README.md"
 HERE = '"."  # this folder, or its id on the hub'
 """What the card's code names, so that it runs where the card lies; `litft push` puts the repository's id there."""
 LOADING = "## How to load"
+SCORE = "litft score . --data pairs.jsonl --out scores.jsonl"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _OURS = "made with litft."
 
@@ -131,7 +132,7 @@ def model_card(folder: str | Path, base: Base | None = None, training: Training 
     how = {"lora": "LoRA", "qlora": "QLoRA", "full": "all weights"}.get(tuner, tuner)
     name = base.name if base else "A language model"
     head = title or f"{name}, fine-tuned{f' ({how})' if how else ''}"
-    parts = [_front(adapter is not None, base, training), f"# {head}", ""]
+    parts = [_front(folder, base, training), f"# {head}", ""]
     kind = "A PEFT adapter" if adapter else "A language model"
     if base:
         link = f"[{name}](https://huggingface.co/{name})" if name == base.hub_id else f"`{name}`"
@@ -196,16 +197,25 @@ def on_hub(card: str, repo: str, base: str | None = None) -> str:
     return str(parsed)
 
 
-def _front(is_adapter: bool, base: Base | None, training: Training | None) -> str:
+def gives_scores(folder: Path) -> bool:
+    """Whether a model or adapter folder holds a reward model, whose output is a number."""
+    if (folder / "adapter_config.json").is_file():
+        return read_json(folder / "adapter_config.json").get("task_type") == "SEQ_CLS"
+    names = read_json(folder / "config.json").get("architectures") or [""]
+    return str(names[0]).endswith("ForSequenceClassification")
+
+
+def _front(folder: Path, base: Base | None, training: Training | None) -> str:
     from huggingface_hub import ModelCardData
 
+    is_adapter = (folder / "adapter_config.json").is_file()
     tuner = training.tuner if training else ""
     tags = ["litft", *(["lora"] if is_adapter else []), *([training.method.lower()] if training else [])]
     tags += [tuner] if tuner and tuner not in tags else []
     data = ModelCardData(
         base_model=base.hub_id if base else None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if gives_scores(folder) else "text-generation",
         datasets=list(training.datasets) or None if training else None,
         tags=tags,
         **{key: base.license.get(key) if base else None for key in _LICENSE_KEYS},  # type: ignore[arg-type]
@@ -242,37 +252,37 @@ def _facts(
     for name, after in training.losses_after.items():
         before = training.losses_before.get(name)
         was = f"{before:.4f} before, " if before is not None else ""
-        rows.append((_plain(name.replace("val_loss", "held-out loss")), f"{was}{after:.4f} after"))
+        rows.append((_plain(name.replace("val_", "held-out ")), f"{was}{after:.4f} after"))
     return rows
 
 
 def _loading(folder: Path, base: Base | None, adapter: Mapping[str, Any] | None) -> list[str]:
     """Code for transformers or PEFT, and commands of litft and vLLM."""
-    chats = (folder / "chat_template.jinja").is_file()
-    loader = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    chats, scores = (folder / "chat_template.jinja").is_file(), gives_scores(folder)
+    kind = "ForSequenceClassification" if scores else "ForCausalLM"
+    loader = f"AutoPeftModel{kind}" if adapter else f"AutoModel{kind}"
     package = "peft" if adapter else "transformers"
-    imports = (
-        [f"from peft import {loader}", "from transformers import AutoTokenizer"]
-        if adapter
-        else [f"from transformers import {loader}, AutoTokenizer"]
-    )
-    asked = (
-        [
-            'messages = [{"role": "user", "content": "Hello"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ")",
+    imports = [f"from {package} import {loader}", "from transformers import AutoTokenizer"]
+    chat = '[{"role": "user", "content": "Hello"}' + (', {"role": "assistant", "content": "Ahoy!"}]' if scores else "]")
+    asked = ['inputs = tokenizer("Hello", return_tensors="pt")']
+    if chats:
+        header = "" if scores else "add_generation_prompt=True, "
+        asked = [
+            f"messages = {chat}",
+            f'inputs = tokenizer.apply_chat_template(messages, {header}return_dict=True, return_tensors="pt")',
         ]
-        if chats
-        else ['inputs = tokenizer("Hello", return_tensors="pt")']
-    )
     code = [
-        *imports,
+        *(imports if adapter else [f"from transformers import {loader}, AutoTokenizer"]),
         "",
         f"name = {HERE}",
-        f'model = {loader}.from_pretrained(name, dtype="auto")',
+        f'model = {loader}.from_pretrained(name, {"num_labels=1, " if adapter and scores else ""}dtype="auto")',
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         *asked,
+    ]
+    if scores:
+        code.append("print(model(**inputs).logits[0, 0].item())")
+        return [f"With {package}:", "", "```python", *code, "```", "", "With litft:", "", "```bash", SCORE, "```"]
+    code += [
         "answer = model.generate(**inputs, max_new_tokens=64)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]

@@ -39,7 +39,7 @@ def figures(run: Run) -> list[dict[str, str]]:
     found, facts, plan = [], run.facts, run.plan
     before, after = _losses(run)
     for name, value in after.items():
-        label = "held-out loss" + (f", {name.removeprefix('val_loss/')}" if "/" in name else "")
+        label = _label(name)
         was = before.get(name)
         note = f"{was:.4f} before ({(value - was) / was:+.1%})" if was else ""
         found.append({"name": label, "value": f"{value:.4f}", "note": note})
@@ -118,7 +118,7 @@ def results(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for _, after in losses for name in after)
     rows = [("outcome", [outcome(run) for run in runs])]
     for name in names:
-        label = "held-out loss" + (f", {name.removeprefix('val_loss/')}" if "/" in name else "")
+        label = _label(name)
         rows.append((f"{label}, before", [_digits(before.get(name)) for before, _ in losses]))
         rows.append((f"{label}, after", [_digits(after.get(name)) for _, after in losses]))
     rows += [
@@ -160,6 +160,12 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     return run.facts.get("losses_before") or {}, run.facts.get("losses_after") or {}
+
+
+def _label(name: str) -> str:
+    """Of a number of the validation: `val_loss` is "held-out loss", `val_loss/a` "held-out loss, a"."""
+    what, _, of = name.removeprefix("val_").partition("/")
+    return f"held-out {what.replace('_', ' ')}" + (f", {of}" if of else "")
 
 
 def _steps(run: Run) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,3 +164,25 @@ def test_what_others_wrote_of_a_model_goes_with_it(tmp_path: Path) -> None:
     (base / "README.md").write_text(BASE_CARD)
     assert main(["export", str(base), "--to", "hf", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "README.md").read_text() == BASE_CARD
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_reward_model_is_loaded_as_one(
+    finals: dict[str, Path], tmp_path: Path, tuner: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
+    monkeypatch.chdir(tmp_path)
+    pairs, base = write_jsonl("pairs.jsonl", rows), finals["adapter"].parent / "tiny-base"
+    words = ["--data", str(pairs), "--model", str(base), "--out", "out", "--trainer.max_steps", "2"]
+    assert main(["finetune", "reward", *words, "--model.tuner", tuner]) == 0
+    monkeypatch.chdir("out/final")
+    card = ModelCard.load("README.md")
+    assert card.data.pipeline_tag == "text-classification" and "reward" in card.data.tags
+    capsys.readouterr()
+    exec(code_of(card.text, "python"), {})
+    float(capsys.readouterr().out)
+    (command,) = code_of(card.text, "bash").strip().splitlines()
+    shutil.copy(tmp_path / "pairs.jsonl", "pairs.jsonl")
+    assert main(command.split()[1:]) == 0 and Path("scores.jsonl").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "held-out accuracy" in page and "pairs.jsonl:1, answer 2" in page
