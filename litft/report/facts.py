@@ -23,6 +23,12 @@ def summary(run: Run) -> str:
     return "; ".join(parts)
 
 
+def method(run: Run) -> str:
+    """The word after `litft finetune`."""
+    words = run.facts.get("command") or []
+    return str(words[2]) if words[1:2] == ["finetune"] and len(words) > 2 else str(run.plan.get("tuner", "lora"))
+
+
 def outcome(run: Run) -> str:
     """How it ended, in a line."""
     said = str(run.facts.get("outcome", "?"))
@@ -41,7 +47,8 @@ def figures(run: Run) -> list[dict[str, str]]:
     for name, value in after.items():
         label = _label(name)
         was = before.get(name)
-        note = f"{was:.4f} before ({(value - was) / was:+.1%})" if was else ""
+        share = f" ({(value - was) / was:+.1%})" if was and name.startswith("val_loss") else ""
+        note = f"{was:.4f} before{share}" if was is not None else ""
         found.append({"name": label, "value": f"{value:.4f}", "note": note})
     if facts.get("tokens_per_s"):
         share = facts.get("floor_share")

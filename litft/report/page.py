@@ -24,6 +24,7 @@ MARK = '<meta name="generator" content="litft '
 """By which a page of litft is told from a file that must not be overwritten."""
 MOST = 3 * COLOURS
 """Runs on one page: lines beyond that could not be told apart."""
+SIDES = (("val_", "held out"), ("", "training"))
 CURVES = (
     ("lr", "learning rate", ""),
     ("grad_norm", "gradient norm", "before clipping"),
@@ -110,17 +111,20 @@ def run_page(run: Run) -> str:
         examples=rows.get("examples") or [],
         timing=facts.timing(run),
         environment=facts.environment(run),
-        tuner=run.plan.get("tuner", "lora"),
+        method=facts.method(run),
     )
 
 
 def compare_page(runs: Sequence[Run]) -> str:
     """The page of several runs; curves of the same colour are of the same run."""
     charts = []
-    columns = (("val_loss", "held-out loss", ""), ("loss", "training loss", "of each logged step"), *CURVES)
+    own = dict.fromkeys(column for run in runs for column in _own_columns(run))
+    columns = [("val_loss", "held-out loss", ""), ("loss", "training loss", "of each logged step")]
+    columns += [(f"{of}{name}", f"{name.replace('_', ' ')}, {said}", "") for name in own for of, said in SIDES]
+    columns += CURVES
     for column, title, note in columns:
         lines = [
-            Line(run.name, run.metrics.get(column, []), index, dots=column == "val_loss")
+            Line(run.name, run.metrics.get(column, []), index, dots=column.startswith("val_"))
             for index, run in enumerate(runs)
         ]
         if svg := line_chart(lines, label=title):
@@ -142,13 +146,30 @@ def _run_charts(run: Run) -> list[Chart]:
     charts = []
     if svg := line_chart(lines, label="loss"):
         lost = sum(not abs(y) < float("inf") for _, y in train.points)
-        note = f"{lost} logged steps had no finite loss: the line is broken there" if lost else "nats a trained token"
+        unit = "" if _own_columns(run) else "nats a trained token"  # other methods' losses have units of their own
+        note = f"{lost} logged steps had no finite loss: the line is broken there" if lost else unit
         legend = [(swatch(line.style), line.name) for line in lines]
         charts.append(Chart("loss", svg, note, legend))
+    for column in _own_columns(run):
+        title = column.replace("_", " ")
+        lines = [
+            Line("training", run.metrics[column], 0),
+            Line("held out", run.metrics.get(f"val_{column}", []), 1, True),
+        ]
+        if svg := line_chart(lines, label=title):
+            legend = [(swatch(line.style), line.name) for line in lines if line.points]
+            charts.append(Chart(title, svg, legend=legend))
     for column, title, note in CURVES:
         if svg := line_chart([Line(title, run.metrics.get(column, []))], label=title):
             charts.append(Chart(title, svg, note))
     return charts
+
+
+def _own_columns(run: Run) -> list[str]:
+    """What only this run's method measures, such as the accuracy of a reward model."""
+    known = {"epoch", "loss", "tokens", "trained_tokens", "trained_tokens_per_s", "step_s", "data_s"}
+    known |= {column for column, *_ in CURVES}
+    return [column for column in run.metrics if column not in known and not column.startswith("val_")]
 
 
 def _lengths(found: dict[str, Any] | None) -> Chart | None:

@@ -185,4 +185,4 @@ def test_a_reward_model_is_loaded_as_one(
     shutil.copy(tmp_path / "pairs.jsonl", "pairs.jsonl")
     assert main(command.split()[1:]) == 0 and Path("scores.jsonl").exists()
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "held-out accuracy" in page and "pairs.jsonl:1, answer 2" in page
+    assert "held-out accuracy" in page and "<h3>mean reward</h3>" in page and "pairs.jsonl:1, answer 2" in page
