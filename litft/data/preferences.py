@@ -150,10 +150,6 @@ def _answer(row: dict[str, Any], key: str) -> list[Message]:
     messages, _ = to_messages([value] if is_message(value) else value, f"{key} message")
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(f"{key} does not end with an answer", mend="add the assistant's message")
-    last = messages[-1]
-    said = last["content"] + (last.get("reasoning_content") or "")
-    if not said.strip() and not last.get("tool_calls"):
-        raise DataError(f"{key} is empty", mend="give it text, or leave the row out", snippet=shown(row[key]))
     return messages
 
 
