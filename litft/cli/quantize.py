@@ -61,6 +61,6 @@ def _documents(args: argparse.Namespace, source: Any) -> Any:
     if args.data is None:
         from litft.evaluate.held_out import held_out
 
-        return held_out(Path(args.FOLDER), model.tokenizer, model.context_length)
+        return held_out(Path(args.FOLDER), model.tokenizer, model.context_length, args.limit)
     rows = read_set("data", args.data, limit=args.limit)
     return encode(rows.conversations, model.tokenizer, max_length=model.longest_row())

@@ -23,13 +23,14 @@ class _Reader:
     rows: str = "chats"
 
 
-def held_out(run: Path, tokenizer: Any, context_length: int | None) -> Documents:
+def held_out(run: Path, tokenizer: Any, context_length: int | None, limit: int | None = None) -> Documents:
     """Read a run's data as the run did and take the rows that it validated on.
 
     Args:
-        run: a run folder.
+        run: a run folder, or its final/.
         tokenizer: of the model.
         context_length: longest row that the model's positions reach.
+        limit: only so many rows, the first.
 
     Returns:
         The rows of all its validation sets.
@@ -41,7 +42,7 @@ def held_out(run: Path, tokenizer: Any, context_length: int | None) -> Documents
 
     from litft.data.chat import ChatData
 
-    file = run / "config.yaml"
+    file = (run.parent if run.name == "final" else run) / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run}: is no run folder, so there are no held-out rows to measure on\nmend: --data FILE")
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -58,4 +59,5 @@ def held_out(run: Path, tokenizer: Any, context_length: int | None) -> Documents
     rows = [part.read(i) for part in data.val_selections.values() for i in range(len(part))]
     if not rows:
         raise UserError(f"{run} held no rows out\nmend: --data FILE")
+    rows = rows[:limit]
     return Documents(rows, np.array([bool(mask.any()) for _, mask in rows]), {})

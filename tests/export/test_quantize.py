@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def test_a_run_is_merged_and_measured_on_what_it_held_out(
     assert abs(before - best) < 2e-4  # as printed
     assert abs(after - before) < 0.05
     assert not (out / "adapter_config.json").exists()
+    short = ["quantize", str(run / "final"), "--to", "int8", "--limit", "1", "--out", str(tmp_path / "short")]
+    assert main(short) == 0
+    one = re.search(r"loss on (\d+) held-out", capsys.readouterr().out)
+    assert one is not None and 0 < int(one[1]) < 100
+    shutil.rmtree(tmp_path / "short")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "int8", "run"]
 
 
