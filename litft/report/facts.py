@@ -47,8 +47,8 @@ def figures(run: Run) -> list[dict[str, str]]:
     for name, value in after.items():
         label = _label(name)
         was = before.get(name)
-        share = f" ({(value - was) / was:+.1%})" if was and name.startswith("val_loss") else ""
-        note = f"{was:.4f} before{share}" if was is not None else ""
+        change = f" ({(value - was) / was:+.1%})" if was and name.startswith("val_loss") else ""
+        note = f"{was:.4f} before{change}" if was is not None else ""
         found.append({"name": label, "value": f"{value:.4f}", "note": note})
     if facts.get("tokens_per_s"):
         share = facts.get("floor_share")
