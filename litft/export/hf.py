@@ -39,7 +39,7 @@ class Written:
         folder: where.
         dtype: of the weights.
         weights: number of them.
-        merged: number of those in which an adapter was folded; None where nobody counted.
+        merged: number of those in which an adapter was folded; None where the model was loaded whole.
         check: how it was checked.
     """
 
@@ -93,6 +93,8 @@ def describe(source: ModelSource, written: Written) -> list[str]:
         lines.append(f"base: {source.base_name}{'' if stored is None else f' ({_name(stored)})'}{how}")
         if trained_over := quantised_in_training(source.adapter):
             lines.append(f"trained over that base in {trained_over}, and merged into it as it was before")
+    if written.merged is None:
+        lines.append("the model was loaded whole: its weights could not be read and merged one by one")
     return [*lines, *written.check.lines()]
 
 

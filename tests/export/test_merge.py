@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from litft.cli.main import main
 from litft.errors import Failed, UserError
 from litft.export import verify
-from litft.export.hf import write_model
+from litft.export.hf import describe, write_model
 from litft.export.merge import merge
 from litft.models.resolve import resolve
 from litft.tuners import QLoRA
@@ -55,6 +55,7 @@ def test_d1_d9_d10_every_kind_of_adapter_merges_to_what_peft_answers(tmp_path: P
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert distance(logits(again), with_peft(run)) < 1e-4
     assert (written.merged is None) is (family == "qwen3_moe")  # whose files name weights differently
+    assert any("loaded whole" in line for line in describe(resolve(run), written)) is (written.merged is None)
     config, tied = again.config, "tied" in kind and "untied" not in kind
     assert config.tie_word_embeddings is (family in ("qwen3", "gemma3", "gpt2") or kind == "added tokens, tied") or tied
     assert config.vocab_size == VOCAB + len(options.get("tokens", []))
