@@ -44,11 +44,11 @@ def figures(m: Measured, used: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
         mean of each score; None where no row has one.
     """
     nll, tokens = float(m.nll[used].sum()), int(m.documents.trained[used].sum())
-    loss = nll / tokens if tokens else None
+    loss = nll / tokens if tokens and math.isfinite(nll) else None  # a broken model's is no number
     found: dict[str, Any] = {
         "loss": loss,
         "perplexity": None if loss is None else math.exp(min(loss, 700)),
-        "bits_per_byte": nll / math.log(2) / float(sizes[used].sum()) if sizes[used].sum() else None,
+        "bits_per_byte": None if loss is None or not sizes[used].sum() else nll / math.log(2) / int(sizes[used].sum()),
         "tokens": tokens,
         "total_tokens": int(m.documents.lengths[used].sum()),
     }
@@ -77,8 +77,8 @@ def differences(
         for a single row.
     """
     pairs: dict[str, tuple[np.ndarray, ...]] = {}
-    if used.any():
-        nats = mine.nll[used], other.nll[used]
+    nats = mine.nll[used], other.nll[used]
+    if used.any() and np.isfinite(nats).all():
         if mine.documents.same_tokens(other.documents):
             pairs["loss"] = *nats, mine.documents.trained[used]
         if sizes[used].sum():

@@ -165,7 +165,7 @@ def _leaves(name: str, found: dict[str, Any]) -> Iterator[str]:
 
 def _is_metric(key: str, value: Any, stderr: bool = False) -> bool:
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return "," in key and number and ("_stderr" in key) == stderr
+    return "," in key and number and bool(np.isfinite(value)) and ("_stderr" in key) == stderr
 
 
 def _plain(key: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import date as Day
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,7 @@ def evaluate(
             results.append(harness.run_tasks(bundle, chosen_tasks, batch_size=batch_size))
         del bundle
         gc.collect()
-    found.facts |= {"versions": versions(), "settings": settings, "sets": {}}
+    found.facts |= {"versions": versions() | _scorers(chosen_tasks is not None), "settings": settings, "sets": {}}
     for rows, chosen, models in zip(sets, asked, measured, strict=True):
         sizes = text_sizes(models[0].documents, candidates[0].tokenizer)
         found.facts["sets"][rows.name] = summary(rows, chosen, models, sizes, seed)
@@ -179,6 +180,10 @@ def evaluate(
             name: {key: value for key, value in result.items() if key != "rows"} for name, result in compared.items()
         }
     return found
+
+
+def _scorers(harness_too: bool) -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torchmetrics", *["lm_eval"] * harness_too)}
 
 
 def _day(text: Any) -> Day:

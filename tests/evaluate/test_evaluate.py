@@ -194,6 +194,18 @@ def test_references_that_a_pattern_does_not_match_are_not_scored_and_said(litft:
     assert "extracted/number: on 2 of them" in out
 
 
+def test_a_broken_model_has_no_loss_rather_than_nan(litft: Run, rows: Path) -> None:
+    folder = save_tiny(Path("broken"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))
+    model.save_pretrained(folder)
+    code, out, _ = litft(folder, "--data", rows, "--answers", 0, "--baseline", folder, "--out", "found")
+    one = facts("found")["sets"]["test"]
+    assert code == 0 and one["loss"] is None and one["diff"] == {} and "NaN" not in json.dumps(one)
+    assert re.search(r"loss +- +-$", out, re.M)
+
+
 def test_bad_rows_are_an_error_or_counted(litft: Run, base: Path) -> None:
     file = write_jsonl(Path("bad.jsonl"), [chat("a", "b"), {"nonsense": 1}, chat("c", "d")])
     code, _, err = litft(base, "--data", file, "--answers", 0)
