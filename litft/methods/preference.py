@@ -72,6 +72,12 @@ class Preference(Method):
     prompts_too: bool = False
     """Whether the tokens of prompts are targets as well; `answers` says which are an answer's."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.balance_experts:
+            raise UserError(f"--model.balance_experts: {type(self).__name__} has no balance loss\nmend: leave it out")
+        self.balance_experts = 0.0  # nor is the one that a model's configuration asks for
+
     @abstractmethod
     def terms(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """What the loss is made of.

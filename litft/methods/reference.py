@@ -150,7 +150,7 @@ def frozen(
         offload="parameters" if offload else "none",
         recompute="full" if offload else "none",
         memory_gb=method.memory_gb,
-        balance_experts=0.0 if method.balance else None,
+        balance_experts=0.0,
         fast_attention=method.fast_attention,
         fast_loss=method.fast_loss,
         liger=method.liger,

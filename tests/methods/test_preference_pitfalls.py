@@ -428,3 +428,12 @@ def test_the_rejected_answer_is_nothing_to_the_chosen_one(model: Path, tmp_path:
     assert torch.equal(said[0][0::2], said[1][0::2])
     assert (said[0][1::2] != said[1][1::2]).all()
     assert issubclass(litft.DPO, Preference)
+
+
+def test_mixtures_of_experts_are_not_balanced(tmp_path: Path, rows: dict[str, Path]) -> None:
+    """Their router's loss is no part of these methods: asked for, it is refused; asked for by a model, left out."""
+    with pytest.raises(litft.UserError, match="has no balance loss"):
+        litft.DPO(balance_experts=0.01)
+    folder = save_tiny(tmp_path / "moe", "qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    trace = train(folder, rows["pairs"], kind="DPO", trainer={"max_steps": 1}, **STEPS)
+    assert trace.losses[0] == pytest.approx(math.log(2), abs=1e-6) and not trace.method.net.balance_experts
