@@ -12,6 +12,7 @@ import shutil
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -52,6 +53,7 @@ def examine() -> list[Finding]:
     """
     asked: list[Finding] = []
     hub = threading.Thread(target=_ask, args=(asked,), daemon=True)  # a name server may keep silent for long
+    began = time.monotonic()
     hub.start()
     found: list[Finding] = []
     for group, look in CHECKS:
@@ -60,7 +62,7 @@ def examine() -> list[Finding]:
         except Exception as error:  # whatever a broken installation may raise
             text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             found.append(Finding(group, "this check", f"failed: {text}", "problem", "pip install --upgrade litft"))
-    hub.join(HUB_S + 1)
+    hub.join(max(0.0, HUB_S + 1 - (time.monotonic() - began)))
     return [*found, *(asked or [Finding("hub", "the model hub", "does not answer", "note", HUB_MEND)])]
 
 
