@@ -249,7 +249,7 @@ def check_architecture(
         if kind not in SCORES:
             raise UserError(f"{folder}: transformers has no {kind} with a score head\nmend: another base model")
         known.add(SCORES[str(kind)])
-    elif SCORES.get(str(kind)) in names:
+    elif SCORES.get(str(kind)) in names and len(config.get("id2label") or ()) == 1:
         raise UserError(f"{folder} is a reward model, which gives numbers, not text\nmend: litft score {folder}")
     if kind not in CAUSAL or (names and not known.intersection(names)):
         raise UserError(

@@ -164,6 +164,9 @@ def test_weights_that_are_not_there(model: Path, tmp_path: Path) -> None:
 def test_architectures_that_are_refused(model: Path) -> None:
     edit_json(model / "config.json", architectures=["LlamaForSequenceClassification"])
     refused(model, "LlamaForSequenceClassification, which is not a causal")
+    edit_json(model / "config.json", id2label={"0": "LABEL_0"})
+    assert "litft score" in refused(model, "is a reward model, which gives numbers")
+    assert resolve(model, scores=True).folder == model
     edit_json(model / "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"])
     refused(model, "T5ForConditionalGeneration, which is not a causal")
     edit_json(model / "config.json", model_type="notllama", architectures=["NotLlamaForCausalLM"])
