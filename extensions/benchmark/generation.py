@@ -85,12 +85,13 @@ def main() -> None:
     by_transformers(bundle, few[:2], 4, 2)
     first, answers = 0.0, {}
     for name, (arm, some, size) in arms.items():
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         answers[name] = arm(bundle, some, args.max_new_tokens, size)
-        took = time.perf_counter() - began
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
         tokens = sum(map(len, answers[name]))
         first = first or tokens / took
-        print(f"{name:<28} {tokens:5} tokens {took:6.1f} s {tokens / took:7.1f} tokens/s {tokens / took / first:5.2f}x")
+        rate = f"{tokens / took:7.1f} tokens/s {tokens / took / first:5.2f}x"
+        print(f"{name:<28} {tokens:5} tokens {took:6.1f} s {rate} {cpu:6.1f} s of processors", flush=True)
     one = answers["transformers, batches of 16"]
     same = sum(a == b for a, b in zip(one, answers["litft, 16 slots"], strict=True))
     print(f"the same tokens as transformers' batches: {same} of {len(rows)} answers")
