@@ -62,7 +62,8 @@ def _run(cli: Any, tuner: str, signals: Signals) -> int:
     from litft.engine.console import plan_lines
     from litft.engine.identity import parse_allowed
     from litft.engine.memory import lacks_memory
-    from litft.engine.run import check_validation, model_line, plan, report, run
+    from litft.engine.outcome import report
+    from litft.engine.run import check_validation, model_line, plan, run
     from litft.engine.run_folder import discard
     from litft.methods.memory import sharing_of, ways_out
     from litft.report.page import report_of_run

@@ -6,7 +6,6 @@ import math
 import pickle
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,16 @@ from litft.data.shown import describe
 from litft.engine.background import load
 from litft.engine.checkpoint_files import half_written, is_whole, newest_whole, step_of, tidy
 from litft.engine.checkpoints import Checkpoints, in_parts
-from litft.engine.console import Console, plan_lines
+from litft.engine.console import Console
 from litft.engine.identity import of
 from litft.engine.metrics import MetricsCSV, StepMetrics, peak_memory_gb
+from litft.engine.outcome import Outcome
 from litft.engine.peers import Watch, dead_worker, watch
 from litft.engine.rank_logs import redirect
 from litft.engine.run_folder import RunFile
 from litft.engine.samples import Samples
 from litft.engine.signals import Signals, Stopped
-from litft.engine.speed import Speed, speed_of
+from litft.engine.speed import speed_of
 from litft.errors import Failed, UserError
 from litft.methods.base import Method
 from litft.methods.refusals import refuse
@@ -36,31 +36,6 @@ from litft.models.mesh import data_ranks
 from litft.models.quiet import quiet
 
 VALIDATIONS = 4  # during a run, where nothing is said
-
-
-@dataclass
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        folder: the run folder; `final/` is in it.
-        losses_before: validation losses before training.
-        losses_after: those of the weights in `final/`.
-        final_step: the optimizer step whose weights are in `final/`.
-        why: that step in words.
-        stopped: why the run ended before its last step; empty where it didn't.
-        answers: prompt, answer before and answer after.
-        speed: of the run, on the first rank.
-    """
-
-    folder: Path
-    losses_before: dict[str, float] = field(default_factory=dict)
-    losses_after: dict[str, float] = field(default_factory=dict)
-    final_step: int = 0
-    why: str = ""
-    stopped: str = ""
-    answers: list[tuple[str, str, str]] = field(default_factory=list)
-    speed: Speed | None = None
 
 
 def plan(method: Method, data: ChatData, trainer: Trainer) -> dict[str, Any]:
@@ -351,6 +326,7 @@ def _finish(
     """Put the chosen weights into the model and write `final/`."""
     last, best, best_file = trainer.global_step, checkpoints.best, checkpoints.best_file()
     outcome = Outcome(folder, metrics.losses_before, metrics.losses_at.get(last, {}), last, f"the last, step {last}")
+    outcome.scores = method.scores
     if best and best_file and checkpoints.final == "best":
         outcome.final_step, outcome.why = best[1], f"the best by val_loss, step {best[1]} of {last}"
         outcome.losses_after = metrics.losses_at.get(best[1], {"val_loss": best[0]})
@@ -383,39 +359,3 @@ def _one(trainer: Trainer, cls: Any) -> Any:
     if not found:
         raise MisconfigurationException(f"the Trainer has no {cls.__name__} callback")
     return found[0]
-
-
-def report(outcome: Outcome, page: Path | None = None) -> str:
-    """The closing lines: losses, answers, where the result and its page lie, what to type next."""
-    lines = ["", outcome.stopped] if outcome.stopped else [""]
-    for name, after in outcome.losses_after.items():
-        before = outcome.losses_before.get(name)
-        change = f"{before:.4f} before, " if before is not None else ""
-        loss, shown = name.startswith("val_loss"), name.endswith(("accuracies", "margins", "accuracy"))
-        if not loss and not shown:
-            continue
-        share = f" ({(after - before) / before:+.1%})" if before and loss else ""
-        what, _, of = name.removeprefix("val_").partition("/") if loss else (name.removeprefix("val_"), "", "")
-        label = f"held-out {what}" + (f", {of}" if of else "")
-        lines.append(f"{label}: {change}{after:.4f} after{share}")
-    if outcome.speed:
-        lines.append(str(outcome.speed))
-    for question, then, now in outcome.answers:
-        lines += ["", f"> {_short(question)}", f"  before: {_short(then)}", f"  after:  {_short(now)}"]
-    final = outcome.folder / "final"
-    lines += [
-        "",
-        f"the result: {final} ({outcome.why})",
-        *([f"the report: {page}"] if page else []),
-        f"next:       litft chat {final.parent}",
-        f'            litft generate {final.parent} --prompt "..."',
-    ]
-    return "\n".join(lines)
-
-
-def _short(text: str, width: int = 400) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-__all__ = ["Outcome", "plan", "plan_lines", "report", "run"]
