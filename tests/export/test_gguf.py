@@ -74,6 +74,7 @@ def test_transformers_reads_the_same_model(family: str, tmp_path: Path) -> None:
     assert (logits(read) - theirs).abs().max() < 1e-5 and theirs.abs().max() > 1
 
 
+@pytest.mark.slow
 def test_base_comes_back_as_the_file_it_was_made_of(
     default_model: Path, default_model_wheel: Path, tmp_path: Path
 ) -> None:
