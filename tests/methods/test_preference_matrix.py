@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dpo, sorted": {"kind": "DPO", "method": {"loss_type": ["aot", "aot_unpaired"], "label_smoothing": 0.1}},
     "dpo, following": {"kind": "DPO", "method": {"sync_reference": 2}},
     "dpo, mixed": {"kind": "DPO", "method": {"loss_type": ["ipo", "sft"], "loss_weights": [0.01, 1.0]}},
+    "dpo, cached": {"kind": "DPO", "method": {"reference": "cached"}},
     "kto": {"kind": "KTO", "method": {"undesirable_weight": 2.0}},
     "orpo": {"kind": "ORPO"},
     "orpo, prompts too": {"kind": "ORPO", "method": {"nll_on": "all"}},
@@ -40,10 +41,14 @@ CUTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "tokens_per_batch": 300},
 }
 STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": {"fsdp": {}}}
+FEW = "ddp, few rows"
+"""Steps of one row or two, so that a process has none to itself."""
 PLAIN = [
     *(("dpo", "lora", "ddp"), ("dpo", "full", "fsdp"), ("dpo, sorted", "lora", "fsdp"), ("kto", "full", "ddp")),
     *(("kto", "lora", "fsdp"), ("orpo, prompts too", "full", "fsdp"), ("simpo", "qlora", "ddp")),
     *(("dpo, following", "full", "ddp"), ("cpo", "lora", "ddp")),
+    *(("dpo, sorted", "full", FEW), ("kto", "lora", FEW), ("orpo, prompts too", "lora", FEW)),
+    *(("dpo, cached", "lora", "ddp"), ("dpo, cached", "full", FEW)),
 ]
 ALL = list(itertools.product(METHODS, TUNERS, STRATEGIES))
 
@@ -56,6 +61,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     val = {
         "pairs": write_jsonl(folder / "val-pairs.jsonl", pair_rows(5, seed=3)),
         "labelled": write_jsonl(folder / "val-labelled.jsonl", labelled_rows(5, seed=3)),
+        "one": write_jsonl(folder / "val-one.jsonl", pair_rows(1, seed=4)),
     }
     return {"model": str(save_model(folder / "model")), "rows": rows, "val": val}
 
@@ -77,6 +83,12 @@ def job(common: dict[str, Any], name: str, tuner: str, **data: Any) -> dict[str,
     }
 
 
+def few_rows(common: dict[str, Any], name: str) -> dict[str, Any]:
+    """Beside steps of few rows, for pairs a validation set of one row."""
+    val = {} if METHODS[name]["kind"] == "KTO" else {"val": str(common["val"]["one"])}
+    return {"tokens_per_step": 50, "trainer": {"max_steps": 8, "val_check_interval": 4}} | val
+
+
 def run(options: dict[str, Any]) -> Trace:
     cls, arguments = options["tuner"]
     return train(**{**options, "tuner": getattr(litft, cls)(**arguments)})
@@ -85,12 +97,12 @@ def run(options: dict[str, Any]) -> Trace:
 @pytest.fixture(scope="module")
 def straight(common: dict[str, Any]) -> Any:
     """A method's run with a tuner on one process, each step in one piece; made once."""
-    made: dict[tuple[str, str], Trace] = {}
+    made: dict[tuple[str, str, bool], Trace] = {}
 
-    def get(name: str, tuner: str) -> Trace:
-        if (name, tuner) not in made:
-            made[name, tuner] = run(job(common, name, tuner))
-        return made[name, tuner]
+    def get(name: str, tuner: str, few: bool = False) -> Trace:
+        if (name, tuner, few) not in made:
+            made[name, tuner, few] = run(job(common, name, tuner, **(few_rows(common, name) if few else {})))
+        return made[name, tuner, few]
 
     return get
 
@@ -109,11 +121,15 @@ def same(one: Trace, other: dict[str, Any]) -> None:
     assert max(one.norms) > 0.1 and all(map(math.isfinite, one.losses))
 
 
-@pytest.mark.parametrize(
-    ("name", "tuner", "cut"),
-    [(name, ("full", "lora")[i % 2], cut) for i, name in enumerate(METHODS) for cut in CUTS],
-    ids=str,
-)
+def every_cut() -> Iterator[Any]:
+    """Each method with one of the two in plain pytest."""
+    for i, name in enumerate(METHODS):
+        for j, cut in enumerate(CUTS):
+            case = name, ("full", "lora")[i % 2], cut
+            yield pytest.param(*case, id="-".join(case), marks=pytest.mark.slow if (i // 2 + j) % 2 else ())
+
+
+@pytest.mark.parametrize(("name", "tuner", "cut"), list(every_cut()))
 def test_another_cut_is_the_same_training(
     name: str, tuner: str, cut: str, common: dict[str, Any], straight: Any
 ) -> None:
@@ -133,7 +149,9 @@ def in_two(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     def get(cases: list[tuple[str, str, str]], wanted: tuple[str, str, str]) -> dict[str, Any]:
         if ", ".join(wanted) not in made:
             jobs = {
-                ", ".join((name, tuner, how)): job(common, name, tuner, tokens_per_batch=200) | STRATEGIES[how]
+                ", ".join((name, tuner, how)): job(common, name, tuner, tokens_per_batch=200)
+                | (few_rows(common, name) if how == FEW else STRATEGIES[how])
+                | ({"max_length": 300} if "cached" in name else {})  # so that nothing is there yet
                 for name, tuner, how in cases
             }
             made.update(run_in(2, jobs, tmp_path_factory.mktemp("two")))
@@ -150,7 +168,14 @@ def same_on_every_rank(one: Trace, two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "tuner", "how"), PLAIN, ids=str)
 def test_two_processes_make_the_steps_of_one(name: str, tuner: str, how: str, straight: Any, in_two: Any) -> None:
-    same_on_every_rank(straight(name, tuner), in_two(PLAIN, (name, tuner, how)))
+    one = straight(name, tuner, how == FEW)
+    assert how != FEW or 1 in map(len, one.rows)
+    same_on_every_rank(one, in_two(PLAIN, (name, tuner, how)))
+
+
+def test_g7_what_two_processes_compute_ahead_is_live(straight: Any, in_two: Any) -> None:
+    two = in_two(PLAIN, ("dpo, cached", "lora", "ddp"))
+    assert two["losses"] == pytest.approx(straight("dpo", "lora").losses, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -162,6 +187,7 @@ def test_every_method_tuner_and_strategy(name: str, tuner: str, how: str, straig
 # ---- interrupted
 
 
+SLOWER = ("dpo, lora, following", "dpo, full, cached", "orpo, qlora")
 RESUMED: dict[str, dict[str, Any]] = {
     "dpo, lora": {"method": litft.DPO, "tuner": "lora"},
     "dpo, lora, following": {"method": litft.DPO, "tuner": "lora", "sync_reference": 2},
@@ -181,7 +207,7 @@ def adapter(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOWER else ()) for c in RESUMED])
 def test_f1_interrupted_is_straight(
     case: str, common: dict[str, Any], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,11 +127,12 @@ def quiet() -> Iterator[None]:
 
 
 def pairwise() -> Iterator[Any]:
-    """Every method with full tuning, some with adapters, each with one of the two cuts."""
+    """Every method with full tuning, some with adapters (in plain pytest one), each with one of the two cuts."""
     for index, name in enumerate(CASES):
-        yield pytest.param(name, "full", PARTS[index % 2], id=f"{name}-full-{PARTS[index % 2]}")
-        if name in LORA:
-            yield pytest.param(name, "lora", PARTS[1 - index % 2], id=f"{name}-lora-{PARTS[1 - index % 2]}")
+        for tuner, part in zip(("full", "lora"), (PARTS[index % 2], PARTS[1 - index % 2]), strict=True):
+            if tuner == "full" or name in LORA:
+                marks = pytest.mark.slow if tuner == "lora" and name != "dpo" else ()
+                yield pytest.param(name, tuner, part, id=f"{name}-{tuner}-{part}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "tuner", "tokens_per_batch"), list(pairwise()))

@@ -13,7 +13,6 @@ import pytest
 import torch
 from lightning import Callback
 from preferences import Row, files, pair_rows, save_model
-from processes import run_in
 from tiny import save_tiny, tiny_tokenizer, write_jsonl
 from training import Trace, difference, train
 
@@ -371,20 +370,6 @@ def test_g7_cached_is_live(
             [v["val_loss"] for v in live.val_losses], rel=1e-5
         )
     assert len(entries(cache)) == 2  # training and validation rows
-
-
-def test_g7_two_processes_cache_what_one_does(model: Path, rows: dict[str, Path], cache: Path, tmp_path: Path) -> None:
-    """Computed by two, of which one has no row of the validation set; then read by both."""
-    val = write_jsonl(tmp_path / "val.jsonl", pair_rows(1, seed=9))
-    job = {"model": str(model), "rows": str(rows["pairs"]), "val": str(val), "kind": "DPO", **CACHED}
-    job["trainer"] = {"max_epochs": 1, "val_check_interval": 2}
-    one = train(**{**job, "method": {"reference": "live"}})
-    both = run_in(2, {"computed": job, "read": job, "full, fsdp": job | {"fsdp": {}}}, tmp_path)
-    for two in both.values():
-        assert two["losses"] == pytest.approx(one.losses, rel=1e-5)
-        assert [v["val_loss"] for v in two["val_losses"]] == pytest.approx(
-            [v["val_loss"] for v in one.val_losses], rel=1e-5
-        )
 
 
 def test_g7_the_cache_knows_what_it_was_made_of(
