@@ -40,7 +40,12 @@ CUTS: dict[str, dict[str, Any]] = {
     "small parts": {"tokens_per_batch": 150},
     "padded": {"packing": False, "tokens_per_batch": 300},
 }
-STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": {"fsdp": {}}}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": {}},
+    "tensor": {"fsdp": {"tensor_parallel_size": 2}},
+    "context": {"fsdp": {"context_parallel_size": 2}},
+}
 FEW = "ddp, few rows"
 """Steps of one row or two, so that a process has none to itself."""
 PLAIN = [
@@ -50,7 +55,15 @@ PLAIN = [
     *(("dpo, sorted", "full", FEW), ("kto", "lora", FEW), ("orpo, prompts too", "lora", FEW)),
     *(("dpo, cached", "lora", "ddp"), ("dpo, cached", "full", FEW)),
 ]
-ALL = list(itertools.product(METHODS, TUNERS, STRATEGIES))
+PLAIN += [("dpo, sorted", "full", "tensor"), ("kto", "lora", "context"), ("orpo, prompts too", "lora", "context")]
+
+
+def can_be(name: str, tuner: str, how: str) -> bool:
+    """Not refused (`litft.methods.refusals`)."""
+    return how == "ddp" or not (name == "dpo, following" or (tuner == "qlora" and how == "tensor"))
+
+
+ALL = [case for case in itertools.product(METHODS, TUNERS, STRATEGIES) if can_be(*case)]
 
 
 @pytest.fixture(scope="module")
