@@ -129,6 +129,8 @@ def same(one: Trace, other: dict[str, Any]) -> None:
     for mine, theirs in zip(one.figures + one.val_losses, other["figures"] + other["val_losses"], strict=True):
         assert theirs.keys() == mine.keys()
         for name, value in mine.items():
+            if name.endswith("rewards/accuracies") and abs(mine[name.replace("accuracies", "margins")]) < 1e-5:
+                continue  # which of two equal rewards is the greater is rounding's to say
             assert theirs[name] == pytest.approx(value, rel=1e-4, abs=2e-5, nan_ok=True), name
     assert difference(other["weights"], one.weights) < 1e-5
     assert max(one.norms) > 0.1 and all(map(math.isfinite, one.losses))
