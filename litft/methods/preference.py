@@ -150,11 +150,20 @@ class Referenced(Preference):
             raise UserError("--model.sync_reference: at least 0, and --model.sync_share above 0, at most 1")
         if sync_reference and reference == "cached":
             raise UserError("--model.reference cached: a reference that moves can't be\nmend: leave one of them out")
+        if offload_reference and not self.tuner.trains_base:
+            raise UserError(
+                "--model.offload_reference: with adapters there is no copy, the model without them is the reference\n"
+                "mend: leave it out"
+            )
 
     reference: Reference | None = None
 
     def build(self, precision: str = "32-true", device: Any = "cpu", parallel: Any = None) -> Method:
         """Load the model and apply the tuner, and take note of what the model is before training."""
+        if self.offload_reference and torch.device(device).type == "cpu":
+            raise UserError(
+                "--model.offload_reference: the run is on the CPU, there is nowhere else to go\nmend: leave it out"
+            )
         super().build(precision, device, parallel)
         self._precision = str(precision)
         continued = self.source.adapter is not None and not self.tuner.trains_base

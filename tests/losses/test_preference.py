@@ -270,6 +270,8 @@ def test_g6_log_odds_keep_their_digits(x: float) -> None:
         ({"loss_type": ["sigmoid", "bco_pair"], "f_divergence": "js_divergence"}, "not with bco_pair"),
         ({"beta": 0.0}, "above 0"),
         ({"sync_reference": 2, "reference": "cached"}, "a reference that moves"),
+        ({"sync_reference": 2, "sync_share": 0.0}, "above 0, at most 1"),
+        ({"offload_reference": True}, "with adapters there is no copy"),
     ],
     ids=str,
 )
@@ -281,3 +283,15 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], text: str)
 def test_cpos_smoothing_is_the_logistic_losss_only() -> None:
     with pytest.raises(litft.UserError, match="hinge has none"):
         litft.CPO(loss_type="hinge", label_smoothing=0.1)
+
+
+def test_a_reference_on_the_cpu_is_not_offloaded() -> None:
+    with pytest.raises(litft.UserError, match="the run is on the CPU"):
+        litft.DPO(tuner=litft.Full(), offload_reference=True).build()
+
+
+def test_kto_refuses_what_it_cannot() -> None:
+    with pytest.raises(litft.UserError, match="not with kto"):
+        litft.KTO(reference="cached")
+    with pytest.raises(litft.UserError, match="at least 0"):
+        litft.KTO(desirable_weight=-1.0)
