@@ -49,7 +49,7 @@ class MergedWeights:
         if isinstance(adapter, TrainedCopy):
             return adapter.parameters_by_name()[leaf].detach()
         base = self._base(name)
-        if adapter is None or name not in self.changed:
+        if adapter is None or not _changes(adapter, leaf):  # it may be a new weight, and not updated
             return base
         with _holding(adapter.base_layer, {leaf: base}):
             return _updated(adapter, leaf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def plain_name(key: str) -> str:
     """The name that a weight with this key in adapter_model.safetensors has in the model without an adapter."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return key.removeprefix(_PREFIX).replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def _suffixes(module: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
@@ -216,7 +216,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: can't be read, the file is cut short or damaged ({error})") from error
     # Older PEFT wrote the magnitude as a module.
-    return {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): t for key, t in tensors.items()}
+    tensors = {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): t for key, t in tensors.items()}
+    return {key: tensor for key, tensor in tensors.items() if not _is_twin(key, tensors)}
+
+
+def _is_twin(key: str, keys: Container[str]) -> bool:
+    """Whether this is a weight of a module trained as a whole that PEFT wrote under a second name.
+
+    It does so for resized embeddings: with the wrapper's names, and what the weight was before.
+    """
+    plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return plain != key and plain in keys
 
 
 def tuner_options(folder: Path) -> dict[str, Any]:
@@ -306,10 +316,14 @@ def load(tuner: LoRA, model: PreTrainedModel, folder: Path) -> None:
     """See `LoRA.load`."""
     state = read_tensors(folder)
     into = adapter_tensors(model)
+    rows = [state[key] for key in into if key.endswith(_ROWS) and key in state]
+    for key in [key for key in state.keys() - into.keys() if key.endswith(_ROWS)]:
+        if any(torch.equal(state[key], other) for other in rows):  # of a tied pair PEFT may write the rows twice
+            del state[key]
     base = {
         key: param
         for key in state.keys() - into.keys()
-        if (param := _base_parameter(model, key.removeprefix(_PREFIX))) is not None
+        if (param := _base_parameter(model, plain_name(key))) is not None
     }
     if tuner.init == "pissa" and _doubled(state, into):
         raise UserError(

@@ -131,14 +131,25 @@ def test_a_pissa_adapter_of_pefts_that_needs_the_whole_weights(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_embeddings_that_peft_resized_and_stored_with_the_adapter(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [VOCAB, VOCAB + 1]}},
+    ],
+    ids=["stored", "trained as a whole", "trained rows"],
+)
+def test_embeddings_that_peft_resized_and_stored_with_the_adapter(
+    tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = save_tiny(tmp_path / "base", family)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|new|>", "<|newer|>"], special_tokens=True)
     model.resize_token_embeddings(len(tokenizer))
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **options))
     perturb(model)
     x = torch.tensor([[5, VOCAB, 9, VOCAB + 1, 70]])
     expected = logits(model, x)
