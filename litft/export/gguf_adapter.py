@@ -12,6 +12,7 @@ from litft.errors import UserError
 from litft.export.final import new_folder
 from litft.export.gguf import name_of, write_tensors
 from litft.export.gguf_families import family_of
+from litft.export.hf import no_adapter
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -52,9 +53,7 @@ def export_adapter(
     from litft.models.load import load_config
 
     if source.adapter is None:
-        raise UserError(
-            f"--adapter keep: {source.name} is a full model, there is no adapter\nmend: leave --adapter out"
-        )
+        raise no_adapter(source)
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: an adapter is small and stored as {', '.join(DTYPES)}")
     config = load_config(source, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from litft.errors import UserError
+from litft.errors import Failed, UserError
 from litft.export.card import derived_card
 from litft.export.final import clean_tokenizer, control_ids, generation_settings, new_folder, save_text_files
 from litft.export.weights import exported_config, full_state_dict, save_weights, split, stored_dtype, write_index
@@ -76,7 +76,7 @@ def export_hf(
         UserError: the adapter doesn't fit the model, or can't be merged.
         Failed: what was written doesn't answer as the model does.
     """
-    if source.adapter is not None and adapter == "keep":
+    if adapter == "keep":
         keep_adapter(source, out, dtype=dtype, trust_remote_code=trust_remote_code)
         return [f"{out}: the adapter, as PEFT loads it", f"its base: {source.base_name}"]
     written = write_model(source, out, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
@@ -204,8 +204,11 @@ def _write_whole(
 
     from litft.models.load import load_model
     from litft.tuners import merge_adapter
+    from litft.tuners.peft_format import tuner_options
 
-    model = load_model(source, dtype=dtype if dtype == stored else torch.float32, **code)
+    pissa = source.adapter is not None and tuner_options(source.adapter)["init"] == "pissa"
+    as_it_is = dtype == stored and not pissa  # whose start comes out of the weights in fp32
+    model = load_model(source, dtype=dtype if as_it_is else torch.float32, **code)
     if source.adapter is not None:
         grow(model, tokenizer)
         merge_adapter(model, source.adapter)
@@ -285,6 +288,10 @@ def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None, tr
         out: of `new_output`.
         dtype: bf16, fp16 or fp32; None is the one in which it is stored.
         trust_remote_code: run the Python code that the base brings.
+
+    Raises:
+        UserError: it is a whole model.
+        Failed: it holds infinities or NaN.
     """
     import torch
     from safetensors.torch import save_file
@@ -292,10 +299,13 @@ def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None, tr
     from litft.models.load import load_config, load_tokenizer
     from litft.tuners.peft_format import CONFIG, WEIGHTS, read_config, read_tensors
 
-    assert source.adapter is not None
+    if source.adapter is None:
+        raise no_adapter(source)
     tensors = read_tensors(source.adapter)
     if dtype is not None:
         tensors = {name: tensor.to(getattr(torch, DTYPES[dtype])) for name, tensor in tensors.items()}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise Failed(f"{source.adapter}: {broken[0]} holds infinities or NaN; nothing was written")
     settings = read_config(source.adapter) | {"base_model_name_or_path": source.base_name, "revision": source.revision}
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
@@ -306,6 +316,11 @@ def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None, tr
         shutil.copymode(new / CONFIG, new / WEIGHTS)
         generation = generation_settings(own_settings(source, config), tokenizer, stops)
         save_text_files(clean_tokenizer(tokenizer, stops), generation, new, partial(derived_card, source))
+
+
+def no_adapter(source: ModelSource) -> UserError:
+    """What is said where a whole model is to be kept as an adapter."""
+    return UserError(f"--adapter keep: {source.name} is a whole model, there is no adapter\nmend: leave --adapter out")
 
 
 def quantised_in_training(adapter: Path) -> str | None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from litft.errors import Failed, UserError
-from litft.export.hf import Progress, describe, keep_adapter, write_model
+from litft.export.hf import Progress, describe, keep_adapter, no_adapter, write_model
 from litft.models.resolve import read_json
-from litft.tuners.peft_format import CONFIG, WEIGHTS, read_config
+from litft.tuners.peft_format import CONFIG, WEIGHTS, read_config, read_tensors, tuner_options
 
 if TYPE_CHECKING:
     from litft.models.resolve import ModelSource
@@ -43,9 +43,13 @@ def export_vllm(
         Lines for the user, the command to serve it among them.
 
     Raises:
-        UserError: an adapter is to be kept that vLLM can't run.
+        UserError: an adapter is to be kept that vLLM can't run, or is one that litft doesn't know.
         Failed: what was written isn't what the model is.
     """
+    if source.adapter is None and adapter == "keep":
+        raise no_adapter(source)
+    if source.adapter is not None:
+        tuner_options(source.adapter)
     reasons = [] if source.adapter is None else beyond_vllm(source.adapter)
     if reasons and adapter == "keep":
         raise UserError(
@@ -86,7 +90,15 @@ def beyond_vllm(adapter: Path) -> list[str]:
         found.append(f"rank {config['r']} (at most {RANKS[-1]})")
     if config.get("bias", "none") != "none":
         found.append("trained biases")
+    if config.get("init_lora_weights") == "pissa":
+        found.append("an update of weights that PiSSA changed")
+    if not found and (adapter / WEIGHTS).is_file() and any(map(_is_odd, read_tensors(adapter))):
+        found.append("weights of the base that lie with the adapter (of added tokens, say)")
     return found
+
+
+def _is_odd(key: str) -> bool:
+    return not key.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def served_rank(rank: int) -> int:
@@ -114,12 +126,8 @@ def check_adapter(folder: Path) -> None:
     Raises:
         Failed: something is missing.
     """
-    from safetensors import safe_open
-
     _require(folder, CONFIG, WEIGHTS)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        odd = [key for key in file.keys() if not key.endswith((".lora_A.weight", ".lora_B.weight"))]  # noqa: SIM118
-    if odd:
+    if odd := list(filter(_is_odd, read_tensors(folder))):
         raise Failed(f"{folder / WEIGHTS}: {odd[0]} is no LoRA weight that vLLM knows")
 
 

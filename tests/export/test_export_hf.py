@@ -13,7 +13,7 @@ import torch
 from adapters import distance, logits, run_of, with_peft
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import CHATML, FAMILIES, IM_END, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -103,6 +103,40 @@ def test_vllm_gets_a_merged_model_where_it_can_not_run_the_adapter(
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= {
         file.name for file in out.iterdir()
     }
+
+
+def test_vllm_does_not_get_what_it_would_scale_or_start_wrongly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters of PEFT's that differ from plain ones in a word of their configuration, or in a weight."""
+    run = run_of(tmp_path) / "final"
+    file = run / "adapter_config.json"
+    config = json.loads(file.read_text())
+
+    def export(out: str, **changes: Any) -> int:
+        file.write_text(json.dumps({**config, **changes}))
+        return main(["export", str(run), "--to", "vllm", "--out", str(tmp_path / out)])
+
+    assert export("olora", init_lora_weights="olora") == 2
+    assert export("prefix", peft_type="PREFIX_TUNING") == 2
+    assert "init_lora_weights: olora" in (said := capsys.readouterr().err) and "PREFIX_TUNING" in said
+    assert export("pissa", init_lora_weights="pissa") == 0 and (tmp_path / "pissa" / "config.json").is_file()
+    tensors = load_file(run / "adapter_model.safetensors")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    more = {"base_model.model.lm_head.weight": base["lm_head.weight"]}
+    save_file({**tensors, **more}, run / "adapter_model.safetensors", {"format": "pt"})
+    assert export("resized") == 0 and (tmp_path / "resized" / "config.json").is_file()
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, run / "adapter_model.safetensors", {"format": "pt"})
+    assert export("broken") == 1 and "infinities or NaN" in capsys.readouterr().err
+    assert not any((tmp_path / name).exists() for name in ("olora", "prefix", "broken"))
+
+
+@pytest.mark.parametrize("form", ["hf", "vllm", "gguf"])
+def test_a_whole_model_has_no_adapter_to_keep(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
+    assert main(["export", str(base), "--to", form, "--adapter", "keep", "--out", str(out)]) == 2
+    assert "is a whole model, there is no adapter" in capsys.readouterr().err and not out.exists()
 
 
 def test_vllm_takes_a_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -349,7 +349,7 @@ def test_adapters_that_llama_cpp_cannot_add_are_to_be_merged(
 
 
 def test_a_full_model_is_no_adapter(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="full model"):
+    with pytest.raises(UserError, match="whole model"):
         export_gguf(resolve(tiny_llama), tmp_path / "out", adapter="keep")
 
 
