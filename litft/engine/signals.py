@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,27 @@ class Stopped(BaseException):
         self.number, self.step, self.folder = number, step, folder
         after = "" if step is None else f" after step {step}"
         super().__init__(f"stopped by {signal.Signals(number).name}{after}")
+
+
+@contextmanager
+def tidied() -> Iterator[None]:
+    """Inside, SIGTERM unwinds the stack as Ctrl-C does, so that what is half done goes away; the exit code stays 143.
+
+    Only in the main thread, and where nobody else handles it.
+    """
+    alone = threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unwind(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 class Signals:

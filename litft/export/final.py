@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litft.engine.signals import tidied
 from litft.errors import UserError
 from litft.export.weights import (
     exported_config,
@@ -224,15 +225,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
         new.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; name another --out") from error
-    try:
-        yield new
-        follow_umask(new)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    with tidied():
+        try:
+            yield new
+            follow_umask(new)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from litft.engine.signals import tidied
 from litft.errors import UserError
 from litft.export.final import new_folder
 from litft.export.hf import Progress, write_model, write_settings
@@ -184,7 +185,7 @@ def _merged(source: ModelSource, out: Path, code: Any) -> Iterator[Path]:
         yield source.folder
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+    with tidied(), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         yield write_model(source, Path(work) / "merged", **code).folder
 
 

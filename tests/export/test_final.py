@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tiny import ENDOFTEXT, FAMILIES, IM_END, VOCAB, chat_rows, save_tiny, tiny_
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from litft.errors import UserError
-from litft.export.final import generation_settings, save_final
+from litft.export.final import generation_settings, new_folder, save_final
 from litft.tuners import Full, LoRA
 
 IDS = torch.tensor([[1, 50, 77, 200, 9, 31, 120, 2, 64, 5]])
@@ -298,6 +300,15 @@ def test_a_failed_export_leaves_the_older_one_whole(tmp_path: Path) -> None:
         save_final(model, Broken(), tiny_tokenizer(), final, base="x", stop_ids={IM_END})
     assert {path.name: path.read_bytes() for path in final.iterdir()} == before
     assert [path.name for path in final.parent.iterdir()] == ["final"]
+
+
+def test_sigterm_leaves_nothing_half_done(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended, new_folder(tmp_path / "out") as folder:
+        (folder / "weights").write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # the handler runs before this ends
+    assert ended.value.code == 143 and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_new_export_replaces_the_whole_of_an_older_one(tmp_path: Path) -> None:
