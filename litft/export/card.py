@@ -67,9 +67,14 @@ class Training:
     losses_after: Mapping[str, float] = field(default_factory=dict)
 
 
-def base_of(source: ModelSource) -> Base:
-    """What a card says of a base model; its licence is read from the card beside its weights."""
-    note = "training went on from another adapter of this base" if source.adapter else ""
+def base_of(source: ModelSource, going_on: bool = True) -> Base:
+    """What a card says of a base model; its licence is read from the card beside its weights.
+
+    Args:
+        source: of `resolve`.
+        going_on: whether training began with its adapter, where it has one; else that adapter is what the card is of.
+    """
+    note = "training went on from another adapter of this base" if source.adapter and going_on else ""
     if source.folder == cache_dir() / "models" / ALIAS:
         copied = f"trained on the copy that litft calls {ALIAS}, whose weights have been quantised to 4 bits and back"
         return Base(HUB_ID, HUB_ID, {"license": LICENSE}, "; ".join(filter(None, [copied, note])))
@@ -161,7 +166,7 @@ def derived_card(source: ModelSource, folder: Path) -> str | None:
     """
     from huggingface_hub import ModelCard
 
-    file, base = (source.adapter or source.folder) / CARD, base_of(source)
+    file, base = (source.adapter or source.folder) / CARD, base_of(source, going_on=False)
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if _OURS not in text or LOADING not in text:
         return model_card(folder, base) if source.adapter else text or None
@@ -173,6 +178,13 @@ def derived_card(source: ModelSource, folder: Path) -> str | None:
     card = ModelCard(text, ignore_metadata_errors=True)
     card.data["library_name"] = "peft" if own else "transformers"
     return str(card)
+
+
+def with_note(card: str, title: str, text: str) -> str:
+    """A card with one more section: before the code that loads the model, at the end of another's card."""
+    section = f"## {title}\n\n{text}\n\n"
+    ahead, found, code = card.partition(f"{LOADING}\n")
+    return f"{ahead}{section}{found}{code}" if found else f"{card.rstrip()}\n\n{section.rstrip()}\n"
 
 
 def on_hub(card: str, repo: str, base: str | None = None) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litft.engine.signals import tidied
 from litft.errors import UserError
+from litft.export.card import CARD, with_note
 from litft.export.final import new_folder
 from litft.export.hf import Progress, write_model, write_settings
 from litft.models.quiet import quiet
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Form = Literal["int8", "int4", "nf4"]
 GROUP = 32
 """Weights that share a scale in int4."""
+_GROUPS = {"int4": GROUP, "nf4": 64}
 
 FORMS: dict[str, str] = {
     "int8": "torchao, a scale a row: 1 byte a weight",
@@ -115,6 +117,13 @@ def quantize(
             write_settings(source, tokenizer, model.config, None, new)
             del model
             after = _loss(new, documents, report, code)
+            card = new / CARD
+            if card.is_file():
+                losses = f"{before / tokens:.4f} before, {after / tokens:.4f} after"
+                said = f"By {FORMS[to]}. Loss on {tokens:,} held-out tokens: {losses}."
+                card.write_text(
+                    with_note(card.read_text(encoding="utf-8"), f"Quantised to {to}", said), encoding="utf-8"
+                )
         size = _size(folder)
     return Quantised(out, before / tokens, after / tokens, tokens, size, _size(out), layers, left)
 
@@ -167,14 +176,14 @@ def check_shapes(folder: Path, to: Form) -> None:
     """
     from litft.models.stored import stored_tensors
 
-    if to != "int4":
+    if to not in _GROUPS:
         return
     for name, tensor in stored_tensors(folder).items():
-        head = name.startswith("lm_head") or "embed" in name
-        if len(tensor.shape) == 2 and not head and tensor.shape[1] % GROUP:
+        stays = name.startswith("lm_head") or "embed" in name or ".experts." in name
+        if len(tensor.shape) == 2 and not stays and tensor.shape[1] % _GROUPS[to]:
             raise UserError(
-                f"--to int4: {name} has rows of {tensor.shape[1]} weights, which {GROUP} does not divide\n"
-                "mend: --to int8 or nf4"
+                f"--to {to}: {name} has rows of {tensor.shape[1]} weights, which {_GROUPS[to]} does not divide\n"
+                f"mend: --to int8{' or nf4' if tensor.shape[1] % _GROUPS['nf4'] == 0 else ''}"
             )
 
 

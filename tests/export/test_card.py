@@ -159,6 +159,16 @@ def test_a_merged_model_keeps_what_its_adapter_tells_and_loads_as_a_model(
     exec(code_of(after.text, "python"), {})
 
 
+def test_a_merged_model_whose_adapter_has_no_card_is_said_to_come_of_it_alone(
+    finals: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(finals["adapter"], tmp_path / "adapter"))
+    (adapter / "README.md").unlink()
+    assert main(["merge", str(adapter), "--out", str(tmp_path / "merged")]) == 0
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "fine-tuned from `tiny-base`" in card and "another adapter" not in card
+
+
 def test_what_others_wrote_of_a_model_goes_with_it(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     (base / "README.md").write_text(BASE_CARD)

@@ -83,6 +83,9 @@ def test_a_run_is_merged_and_measured_on_what_it_held_out(
     before, after = map(float, re.search(r"tokens: ([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups())  # type: ignore[union-attr]
     assert abs(before - best) < 2e-4  # as printed
     assert abs(after - before) < 0.05
+    card = (out / "README.md").read_text()
+    assert "## Quantised to int8" in card and f"{before:.4f} before, {after:.4f} after." in card
+    assert card.index("Quantised") < card.index("## How to load")
     assert not (out / "adapter_config.json").exists()
     short = ["quantize", str(run / "final"), "--to", "int8", "--limit", "1", "--out", str(tmp_path / "short")]
     assert main(short) == 0
@@ -125,7 +128,8 @@ def test_mistakes_are_named_before_long_work(
     out = ["--out", str(tmp_path / "out")]
     cases: list[tuple[list[Any], str]] = [
         ([base, "--to", "int8", *out], "no held-out rows to measure on\nmend: --data FILE"),
-        ([odd, "--to", "int4", *out, "--data", rows], "which 32 does not divide"),
+        ([odd, "--to", "int4", *out, "--data", rows], "which 32 does not divide\nmend: --to int8\n"),
+        ([base, "--to", "nf4", *out, "--data", rows], "which 64 does not divide\nmend: --to int8\n"),
         ([gpt2, "--to", "int8", *out, "--data", rows], "no linear layers that --to int8 quantises"),
         ([base, "--to", "int3", *out], "--to"),
         ([base, "--to", "int8", "--out", base, "--data", rows], "which is only read"),
