@@ -67,6 +67,10 @@ def compile_if_worth(method: Method) -> None:
         with torch.no_grad():  # as validation runs them
             method.probe(batch)
 
+    import torch._inductor.config
+
+    # in 16 bits fused operations round less often: where two passes are compared, as often as uncompiled ones
+    torch._inductor.config.emulate_precision_casts = not method.dropout
     method.net.compiled = True
     method.compiled = compile_layers(model, first_pass)
     method.net.compiled = not method.compiled.failed

@@ -108,6 +108,23 @@ def test_g1_the_model_begins_as_its_reference_which_stays(
     assert torch.equal(figures.after(trace), figures.said)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_g1_compiled_layers_round_as_their_reference_does(tuner: str, model: Path, rows: dict[str, Path]) -> None:
+    """In bf16 the frozen copy isn't compiled, and layers without adapters are another graph than those with."""
+    trace = train(
+        model,
+        rows["pairs"],
+        kind="DPO",
+        tuner=getattr(litft, TUNERS[tuner][0])(),
+        method={"compile": "true"},
+        trainer={"max_steps": 2, "precision": "bf16-mixed"},
+        **STEPS,
+    )
+    assert trace.method.net.compiled
+    assert trace.losses[0] == pytest.approx(math.log(2), abs=1e-6) != trace.losses[1]
+
+
 def test_g1_a_continued_adapter_is_its_own_reference(model: Path, adapter: Path, rows: dict[str, Path]) -> None:
     """Not the model without any adapter."""
     said = {}
