@@ -27,8 +27,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", metavar="ID", help="the hub's id of the model that an adapter belongs to")
     parser.add_argument("--dry_run", action="store_true", help="only look, and list what would be uploaded")
     args = parser.parse(argv)
-    from litft.export.push import full_name, prepare, push
+    from litft.export.push import check_name, full_name, prepare, push
 
+    check_name(args.repo)
     repo = args.repo if args.dry_run else full_name(args.repo)
     upload = prepare(args.FOLDER, repo, args.base)
     for note in upload.notes:

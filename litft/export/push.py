@@ -12,7 +12,7 @@ from typing import Any
 
 from litft.engine.secrets import hide, issued
 from litft.errors import Failed, UserError
-from litft.export.card import CARD, Base, front_matter, is_repo_id, model_card, on_hub
+from litft.export.card import CARD, Base, front_matter, gives_scores, is_repo_id, model_card, on_hub
 from litft.models.alias import DEFAULT_MODEL, HUB_ID
 from litft.models.resolve import cached_id, enter, read_json
 
@@ -125,6 +125,21 @@ def push(upload: Upload, repo: str, *, private: bool | None = None, revision: st
     return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
 
 
+def check_name(repo: str) -> None:
+    """Refuse what no repository can be called.
+
+    Raises:
+        UserError: saying how one is called.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise UserError(f"--repo {repo}: is no name of a repository\nmend: --repo NAME, or --repo OWNER/NAME") from None
+
+
 def full_name(repo: str) -> str:
     """The repository's name with its owner, who is the user where none is named; asks the hub who that is.
 
@@ -133,13 +148,8 @@ def full_name(repo: str) -> str:
         Failed: the hub can't be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise UserError(f"--repo {repo}: is no name of a repository\nmend: --repo NAME, or --repo OWNER/NAME") from None
+    check_name(repo)
     with _explained("push"):
         user = HfApi().whoami()["name"]
     return repo if "/" in repo else f"{user}/{repo}"
@@ -220,10 +230,10 @@ def _name_base(upload: Upload, base: str | None) -> None:
     if known is None and is_repo_id(named) and not Path(named).exists():
         return
     if known is None:
+        merge = f"; or upload a whole model:\nlitft merge {upload.folder} --out merged && litft push merged --repo NAME"
         raise UserError(
             f"{upload.folder / ADAPTER}: names {named or 'no base'}, a folder that nobody else has\n"
-            "mend: --base OWNER/NAME, its id on the hub; or upload a whole model:\n"
-            f"litft merge {upload.folder} --out merged && litft push merged --repo NAME"
+            f"mend: --base OWNER/NAME, its id on the hub{'' if gives_scores(upload.folder) else merge}"
         )
     if known != named:
         config["base_model_name_or_path"] = known
@@ -267,12 +277,14 @@ def _check_texts(upload: Upload) -> None:
     Raises:
         UserError: with the file, and the line or key.
     """
+    homes = [f"{folder}/" for folder in (Path.home(), upload.folder.resolve()) if folder != Path("/")]
     for file in upload.files:
-        if file.suffix not in TEXTS and file.name not in TEXTS:
-            continue
         path = upload.folder / file
+        if file.as_posix() not in upload.rewritten and not _is_text(path):
+            continue
         text = upload.rewritten.get(file.as_posix()) or path.read_text(encoding="utf-8", errors="replace")
-        free = file.suffix in PROSE or file.name in VOCABULARIES
+        ours = file.suffix in TEXTS or file.name in TEXTS
+        free = not ours or file.suffix in PROSE or file.name in VOCABULARIES
         holds = issued if free else _holds_secret
         if holds(text):
             line = next((number for number, one in enumerate(text.splitlines(), 1) if holds(one)), 1)
@@ -280,10 +292,22 @@ def _check_texts(upload: Upload) -> None:
                 f"{path}:{line}: holds what looks like a token or a password; nothing is uploaded\n"
                 "mend: take it out; if it was ever public, revoke it"
             )
+        if file.name not in VOCABULARIES and (home := next((home for home in homes if home in text), None)):
+            line = text.count("\n", 0, text.index(home)) + 1
+            raise UserError(
+                f"{path}:{line}: names a path of this machine ({home}...)\n"
+                "mend: take it out, or name it as others know it"
+            )
         if file.suffix == ".json" and not free and (key := _path_in(_parsed(path, text))):
             raise UserError(
                 f"{path}: {key} is a path of this machine\nmend: take that key out, or set it to a name of the hub"
             )
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file is no binary one, as Git tells: its beginning has no zero byte."""
+    with file.open("rb") as stream:
+        return b"\0" not in stream.read(8192)
 
 
 def _holds_secret(text: str) -> bool:
@@ -307,4 +331,4 @@ def _path_in(value: Any, key: str = "") -> str | None:
     return key if is_path and "\n" not in value and len(value) < 1000 else None
 
 
-__all__ = ["Upload", "full_name", "prepare", "push"]
+__all__ = ["Upload", "check_name", "full_name", "prepare", "push"]

@@ -126,6 +126,8 @@ def test_others_repositories_log_ins_and_networks(hub: FakeHub, run: Path) -> No
 def test_a_dry_run_asks_nobody(hub: FakeHub, run: Path) -> None:
     code, out, _ = push(hub, run, "--repo", "me/mine", "--base", "org/tiny", "--dry_run")
     assert code == 0 and out.split() == sorted(file.name for file in (run / "final").iterdir()) and not hub.asked
+    code, _, err = push(hub, run, "--repo", "no name!", "--base", "org/tiny", "--dry_run")
+    assert code == 2 and "is no name of a repository" in err
 
 
 # ---- what is refused before anything leaves
@@ -175,6 +177,7 @@ def test_pickles(run: Path, name: str) -> None:
         ("README.md", f"---\nlicense: mit\n---\nuse {TOKEN}\n"),
         ("notes.txt", "line\napi_key = abcdefgh12345678\n"),
         ("tokenizer.json", json.dumps({"model": TOKEN})),
+        ("log.csv", f"step,{TOKEN}\n"),
         ("generation_config.json", json.dumps({"url": "https://me:password1@example.org/x"})),
     ],
 )
@@ -209,6 +212,17 @@ def test_a_card_may_show_how_a_server_is_asked(run: Path) -> None:
 def test_json_that_is_none(run: Path) -> None:
     (run / "final" / "extra.json").write_text("{")
     assert "is no JSON" in refused(run)
+
+
+def test_paths_of_this_machine_in_words(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = run / "final" / "README.md"
+    text = card.read_text()
+    for path in ("/home/somebody/rows.jsonl", str((run / "final").resolve() / "x")):
+        monkeypatch.setenv("HOME", "/home/somebody")
+        card.write_text(f"{text}\ntrained on {path}\n")
+        assert "README.md:" in (said := refused(run)) and "names a path of this machine" in said
+    card.write_text(f"{text}\nanswers may name /home/anybody/else\n")
+    assert prepare(run, "me/mine", "org/tiny").files
 
 
 def test_paths_of_this_machine(run: Path) -> None:
