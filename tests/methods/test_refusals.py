@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
-from litft import SFT, Full, LoRA, QLoRA, UserError
+from litft import DPO, SFT, Full, LoRA, QLoRA, Reward, UserError
 from litft.methods.refusals import TABLE, refuse
 from litft.models.mesh import Sizes
 
@@ -24,11 +24,17 @@ MEETING: dict[str, dict[str, Any]] = {
     "dora": {"tuner": LoRA(dora=True), "tensor": 2},
     "pissa": {"tuner": LoRA(init="pissa"), "tensor": 2},
     "balance_experts": {"balance_experts": 0.1, "context": 2},
+    "reward": {"kind": Reward, "context": 2},
+    "neftune": {"neftune": 5.0, "context": 2},
+    "sync_reference": {"kind": DPO, "sync_reference": 2},
+    "offload_reference": {"kind": DPO, "offload_reference": True},
 }
 
 
-def asked(path: Path, precision: str = "32-true", tensor: int = 1, context: int = 1, **options: Any) -> Any:
-    method = SFT(str(path), **({"tuner": Full()} | options))
+def asked(
+    path: Path, precision: str = "32-true", tensor: int = 1, context: int = 1, kind: Any = SFT, **options: Any
+) -> Any:
+    method = kind(str(path), **({"tuner": Full()} | options))
     strategy = SimpleNamespace(sizes=Sizes(4, tensor, context))
     return method, SimpleNamespace(strategy=strategy, precision=precision)
 
