@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from litft.cli.parsing import Parser, add_trust, progress, waiting
+from litft.cli.parsing import Parser, add_trust, amount, progress, waiting
 
 MODEL = "a run or an adapter: a folder or a hub id"
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("FOLDER", help=MODEL)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (as the base is stored)")
-    parser.add_argument("--shard_gb", type=float, default=5.0, metavar="GB", help="largest file of weights (5)")
+    parser.add_argument("--shard_gb", type=amount, default=5.0, metavar="GB", help="largest file of weights (5)")
     add_trust(parser)
     args = parser.parse(argv)
     with waiting(f"reading {args.FOLDER}"):

@@ -83,6 +83,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def amount(text: str) -> float:
+    """The value of a flag that is a size."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0")
+    return value
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """The one flag that lets a model's own Python code run, named as `litft finetune` names it."""
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def export_gguf(
         lines = write_gguf(
             source, file, dtype=dtype or DTYPES[0], trust_remote_code=trust_remote_code, progress=progress
         )
-    return [f"{out / file.name}", *lines, f"try it: llama-cli -m {out / file.name}"]
+    return [f"{out / file.name}", *lines, f"try it: llama-cli -m {shlex.quote(str(out / file.name))}"]
 
 
 def write_gguf(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,8 +84,8 @@ def export_adapter(
     return [
         f"{out / file.name}",
         *([f"{half} matrices are f16: their rows are no multiple of 32 long"] if half else []),
-        f"its base, once: litft export {source.base_name} --to gguf --dtype f16 --out BASE",
-        f"try it: llama-cli -m BASE/*.gguf --lora {out / file.name}",
+        f"its base, once: litft export {shlex.quote(source.base_name)} --to gguf --dtype f16 --out BASE",
+        f"try it: llama-cli -m BASE/*.gguf --lora {shlex.quote(str(out / file.name))}",
     ]
 
 

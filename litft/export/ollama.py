@@ -7,6 +7,8 @@ end-of-turn token as well, and a template that can't be said this way is refused
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,8 +281,13 @@ def export_ollama(
         f"{out}: {file.name}, Modelfile",
         *lines,
         *form.notes,
-        f"try it: ollama create {name.lower()} -f {out / 'Modelfile'}",
+        f"try it: ollama create {ollama_name(name)} -f {shlex.quote(str(out / 'Modelfile'))}",
     ]
+
+
+def ollama_name(name: str) -> str:
+    """What Ollama can call a model: ASCII that begins with a letter or digit."""
+    return re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-._")[:80] or "model"
 
 
 def context_of(config: Any) -> int:

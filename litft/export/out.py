@@ -23,6 +23,8 @@ def new_output(out: str | Path, source: ModelSource) -> Path:
         UserError: something is there, it is the source's, or the place can't be written to.
     """
     path = Path(out).expanduser().absolute()
+    if path.is_symlink():  # a folder takes the place of what the link leads to, not of the link
+        path = path.resolve()
     for folder in filter(None, (source.folder, source.adapter)):
         mine = folder.resolve()
         if path.resolve() == mine or mine in path.resolve().parents:

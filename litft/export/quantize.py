@@ -13,7 +13,7 @@ from litft.engine.signals import tidied
 from litft.errors import UserError
 from litft.export.card import CARD, with_note
 from litft.export.final import new_folder
-from litft.export.hf import Progress, write_model, write_settings
+from litft.export.hf import Progress, check_disk, write_model, write_settings
 from litft.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -193,6 +193,11 @@ def _merged(source: ModelSource, out: Path, code: Any) -> Iterator[Path]:
     if source.adapter is None:
         yield source.folder
         return
+    import torch
+
+    from litft.export.weights import stored_dtype
+
+    check_disk(source, out, stored_dtype(source.folder) or torch.bfloat16)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tidied(), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         yield write_model(source, Path(work) / "merged", **code).folder

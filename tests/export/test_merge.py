@@ -241,11 +241,25 @@ def test_what_can_not_be_merged_or_written_is_refused_before_anything_is_read(
         ([run, "--out", tmp_path / "base"], "which is only read"),
         ([run, "--out", tmp_path / "full" / "x"], "is a file"),
         ([run, "--out", tmp_path / "m", "--dtype", "int8"], "--dtype"),
+        ([run, "--out", tmp_path / "m", "--shard_gb", "0"], "--shard_gb: '0': a number above 0"),
+        ([run, "--out", tmp_path / "m", "--shard_gb", "nan"], "a number above 0"),
     ):
         assert main(["merge", *map(str, words)]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") <= 5
     assert not (tmp_path / "m").exists()
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    for name in ("disk", "empty"):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "empty").mkdir()
+    for name in ("disk", "empty"):  # one that leads nowhere yet, and one to an empty folder
+        assert main(["merge", str(run), "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).is_symlink() and (tmp_path / "elsewhere" / name / "config.json").is_file()
+    assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["disk", "empty"]
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from litft.cli.main import main
 from litft.errors import UserError
-from litft.export.ollama import FAMILIES, chat_form, parameters
+from litft.export.ollama import FAMILIES, chat_form, ollama_name, parameters
 
 MISTRAL = (  # Mistral 7B Instruct v0.2: no system message
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -182,6 +182,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["export", str(tmp_path / "model"), "--to", "ollama", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "ollama create model -f" in said
+    assert [ollama_name(name) for name in ("My Rün.2", "_é", "日本", "_x.")] == ["my-r-n.2", "model", "model", "x"]
     (file,) = (tmp_path / "out").glob("*.gguf")
     modelfile = (tmp_path / "out" / "Modelfile").read_text()
     assert modelfile.startswith(f"FROM ./{file.name}\n") and 'PARAMETER stop "<|im_end|>"' in modelfile
