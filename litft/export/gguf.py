@@ -79,7 +79,7 @@ def export_gguf(
     if adapter == "keep":
         from litft.export.gguf_adapter import export_adapter
 
-        return export_adapter(source, out, dtype=dtype or "f16", progress=progress)
+        return export_adapter(source, out, dtype=dtype or "f16", trust_remote_code=trust_remote_code, progress=progress)
     with new_folder(out) as folder:
         name = name_of(source)
         file = folder / f"{name}-{dtype or DTYPES[0]}.gguf"

@@ -202,8 +202,10 @@ def _compare(expected: Tensor, found: Tensor, what: str) -> float:
     """The largest difference.
 
     Raises:
-        Failed: it is too large.
+        Failed: it is too large, or there is nothing to compare with.
     """
+    if not expected.isfinite().all():
+        raise Failed("the model answers with infinities or NaN: training went wrong before this\nnothing was written")
     difference = (expected - found).abs().max().item()
     allowed = TOLERANCE * max(1.0, expected.std().item())
     if not difference <= allowed:

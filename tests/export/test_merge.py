@@ -208,6 +208,17 @@ def test_a_wrong_merge_leaves_no_folder_and_exits_1(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_broken_adapter_is_called_that(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    file = run / "final" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(Failed, match="infinities or NaN: training went wrong"):
+        merge(resolve(run), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_without_room_for_logits_weights_and_layers_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
