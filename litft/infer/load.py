@@ -126,6 +126,7 @@ def load_for_inference(
 
     from litft.data.template import ChatEncoder
     from litft.export.weights import stored_dtype
+    from litft.infer.products import by_onednn
     from litft.models.load import is_quantised, load_model, load_tokenizer
     from litft.models.resolve import resolve
 
@@ -143,6 +144,7 @@ def load_for_inference(
         _merge(model, source.adapter, tokenizer)
     model.config.use_cache = True
     model = model.requires_grad_(False).eval().to(where)
+    by_onednn(model)
 
     settings = _own_settings(source.adapter) or model.generation_config
     encoder = ChatEncoder(tokenizer) if tokenizer.chat_template else None

@@ -23,6 +23,17 @@ def flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
+@functools.cache
+def is_amd() -> bool:
+    """Whether AMD made it; known on Linux and Windows."""
+    if platform.system() != "Linux":
+        return "AuthenticAMD" in platform.processor()
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16, AMX, or Arm's bf16 on Linux)."""
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & flags())
