@@ -1,0 +1,267 @@
+"""DPO with LoRA by litft and by TRL, on the same pairs: speed and memory, or how good the held-out preferences get.
+
+    python -m extensions.benchmark.preference race --data pairs.json
+    python -m extensions.benchmark.preference quality --data pairs.json --method dpo --arms litft,trl --seeds 0 1 2
+
+Each arm runs in a process of its own. In a race TRL takes the fastest of its settings, tried first; then the arms take
+turns A B B A over the same rows, and the first step of each is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from extensions.benchmark.job import _peak_gb
+
+GRID = {"dtype": ["bf16", "fp32"], "batch": [4, 2, 1], "cached": [False, True]}
+LORA = {"r": 16, "alpha": 32}
+
+
+def pairs(source: str, model: str, longest: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """The pairs of a file whose documents have at most so many tokens, as messages, and the tokens of each pair."""
+    from transformers import AutoTokenizer
+
+    from litft.data.files import read_rows
+    from litft.data.preferences import to_pair
+    from litft.models.resolve import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model).folder)
+    rows, tokens = [], []
+    for row in read_rows(source):
+        pair = to_pair(row.value, row.file, row.line)
+        both = pair.chosen.messages, pair.rejected.messages
+        lengths = [len(tokenizer.apply_chat_template(messages, return_dict=False)) for messages in both]
+        shared = next(i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b)
+        if max(lengths) <= longest:
+            chosen, rejected = (messages[shared:] for messages in both)
+            rows.append({"prompt": both[0][:shared], "chosen": chosen, "rejected": rejected})
+            tokens.append(sum(lengths))
+    return rows, tokens
+
+
+# ---- the arms, each in a process of its own
+
+
+def by_litft(job: dict[str, Any]) -> dict[str, Any]:
+    """`litft finetune METHOD` as it runs by default, but for what the job says."""
+    from lightning import Callback, Trainer, seed_everything
+
+    import litft
+    from litft.cli.finetune import _quiet
+    from litft.cli.keys import METHODS
+
+    _quiet()
+    seed_everything(job["seed"], verbose=False)
+    os.environ["PL_GLOBAL_SEED"] = str(job["seed"])
+    kind = METHODS[job["method"]]
+    options = {"schedule": "constant", "warmup": 0.0, "lr": job["lr"], **job.get("options", {})}
+    method = getattr(litft, kind.method.removeprefix("litft."))(job["model"], litft.LoRA(**LORA), **options)
+    limits = {"tokens_per_step": job["tokens_per_step"]} if job["tokens_per_step"] else {}
+    data = getattr(litft, kind.data.removeprefix("litft."))(job["train"], val=job["val"], val_fraction=0.0, **limits)
+    found: dict[str, Any] = {"seconds": [], "rows": [], "losses": []}
+
+    class Clock(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            found["start"] = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            found["losses"].append(float(outputs["loss"]))
+            found["seconds"].append(time.perf_counter() - found["start"])
+            found["rows"].append(len(batch["rows"]))
+
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=job["steps"] or -1,
+        max_epochs=1,
+        precision=job.get("precision", "bf16-mixed"),
+        callbacks=[Clock()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(method, datamodule=data)
+    if job["val"]:
+        trainer.validate(method, datamodule=data, verbose=False)
+    return found | {"held_out": getattr(method, "val_losses", None)}
+
+
+def by_trl(job: dict[str, Any]) -> dict[str, Any]:
+    """TRL's DPOTrainer with PEFT."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    torch.manual_seed(job["seed"])
+    setting = job["setting"]
+    half = setting["dtype"] == "bf16"
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16 if half else torch.float32)
+    found: dict[str, Any] = {"seconds": [], "rows": [], "losses": []}
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            found["start"] = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            found["seconds"].append(time.perf_counter() - found["start"])
+            found["rows"].append(job["rows_per_step"])
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            if "loss" in logs:
+                found["losses"].append(float(logs["loss"]))
+
+    arguments = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=setting["batch"],
+        per_device_eval_batch_size=setting["batch"],
+        gradient_accumulation_steps=max(1, job["rows_per_step"] // setting["batch"]),
+        max_steps=job["steps"] or -1,
+        num_train_epochs=1,
+        learning_rate=job["lr"],
+        lr_scheduler_type="constant",
+        precompute_ref_log_probs=setting["cached"],
+        max_length=None,
+        bf16=half,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=job["seed"],
+    )
+    read = {key: Dataset.from_list(json.loads(Path(job[key]).read_text())) for key in ("train", "val") if job[key]}
+    trainer = DPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=read["train"],
+        eval_dataset=read.get("val"),
+        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        peft_config=LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], target_modules="all-linear"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    told = {}
+    if job["val"]:
+        kept = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+        told = {k.replace("eval_", "val_"): v for k, v in trainer.evaluate().items() if k in kept}
+    return found | {"held_out": told}
+
+
+ARMS = {"litft": by_litft, "trl": by_trl}
+
+
+def run(arm: str, job: dict[str, Any]) -> dict[str, Any]:
+    """An arm in a process of its own."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "extensions.benchmark.preference", "arm", "--job", json.dumps({**job, "arm": arm})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    line = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("RESULT ")), None)
+    if line is None:
+        raise RuntimeError(f"{arm}: {done.stderr[-1500:]}")
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return found
+
+
+def rate(found: dict[str, Any]) -> float:
+    """Pairs a second: the median over the steps after the first."""
+    return statistics.median(n / s for n, s in zip(found["rows"][1:], found["seconds"][1:], strict=True))
+
+
+def race(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The race against TRL at its best."""
+    rows, tokens = pairs(args.data, args.model, args.longest)
+    train = folder / "train.json"
+    train.write_text(json.dumps(rows))
+    mean = sum(tokens) / len(tokens)
+    job = {"method": "dpo", "model": args.folder, "train": str(train), "val": None, "lr": 5e-6, "seed": 0}
+    job |= {"steps": args.steps, "rows_per_step": args.rows, "tokens_per_step": int(args.rows * mean)}
+    tried = []
+    for dtype, batch, cached in product(*GRID.values()):
+        setting = {"dtype": dtype, "batch": batch, "cached": cached}
+        found = run("trl", job | {"setting": setting, "steps": 3})
+        tried.append(setting | {"pairs_per_s": rate(found)})
+        print(f"    trl {setting}: {rate(found):.3f} pairs/s", flush=True)
+    best = max(tried, key=lambda t: t["pairs_per_s"])
+    job["setting"] = {key: best[key] for key in GRID}
+    results: dict[str, list[dict[str, Any]]] = {"litft": [], "trl": []}
+    for arm in ("litft", "trl", "trl", "litft"):
+        results[arm].append(run(arm, job))
+        print(f"{arm}: {rate(results[arm][-1]):.3f} pairs/s, peak {results[arm][-1]['peak_gb']:.2f} GB", flush=True)
+    speed = {arm: statistics.median(map(rate, found)) for arm, found in results.items()}
+    print(f"litft / trl: {speed['litft'] / speed['trl']:.2f} (a pair has {mean:.0f} tokens)")
+    return {"tried": tried, "results": results, "ratio": speed["litft"] / speed["trl"]}
+
+
+def quality(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Held-out figures of several seeds; the last `--held_out` rows are held out."""
+    if args.method == "kto":
+        parts = {"train": args.data, "val": args.val}
+        mean = 1.0
+    else:
+        rows, tokens = pairs(args.data, args.model, args.longest)
+        mean = sum(tokens) / len(tokens)
+        cut = {"train": rows[: -args.held_out], "val": rows[-args.held_out :]}
+        parts = {name: str(folder / f"{name}.json") for name in cut}
+        for name, some in cut.items():
+            Path(parts[name]).write_text(json.dumps(some))
+    job = {"method": args.method, "model": args.folder, "steps": args.steps, "lr": args.lr, **parts}
+    job |= {"rows_per_step": args.rows, "tokens_per_step": int(args.rows * mean) if mean > 1 else None}
+    job["setting"] = {"dtype": "bf16", "batch": min(2, args.rows), "cached": False}
+    table: dict[str, Any] = {}
+    for arm in args.arms.split(","):
+        table[arm] = []
+        for seed in args.seeds:
+            found = run(arm, job | {"seed": seed})["held_out"]
+            table[arm].append(found)
+            shown = {name: round(value, 4) for name, value in found.items() if "logps" not in name}
+            print(f"{arm} seed {seed}: {shown}", flush=True)
+    return table
+
+
+def main() -> None:
+    """Race, compare, or be an arm."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["race", "quality", "arm"])
+    parser.add_argument("--data")
+    parser.add_argument("--val", help="of kto")
+    parser.add_argument("--method", default="dpo")
+    parser.add_argument("--arms", default="litft")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--longest", type=int, default=512, help="tokens of a document")
+    parser.add_argument("--rows", type=int, default=4, help="pairs of a step")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=5e-6)
+    parser.add_argument("--held_out", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.what == "arm":
+        job = json.loads(args.job)
+        print("RESULT " + json.dumps(ARMS[job["arm"]](job) | {"peak_gb": _peak_gb()}))
+        return
+    from litft.models.resolve import resolve
+
+    args.folder = str(resolve(args.model).folder)
+    with tempfile.TemporaryDirectory() as folder:
+        found = (race if args.what == "race" else quality)(args, Path(folder))
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
