@@ -176,6 +176,9 @@ def _notes(tokenizer: PreTrainedTokenizerBase, form: ChatForm) -> Iterator[str]:
     blanks = [{"role": "user", "content": "  a  "}]
     if form.write(blanks) != rendered(tokenizer, blanks):
         yield "the chat template drops blanks around a message, Ollama keeps them"
+    thought = [*_conversation(1), {"role": "assistant", "content": "<think>\na\n</think>\n\nb"}, *_conversation(1)]
+    if form.write(thought) != rendered(tokenizer, thought):
+        yield "the chat template drops the thinking (<think>) of earlier answers, Ollama keeps it"
 
 
 def _conversation(turns: int) -> Messages:

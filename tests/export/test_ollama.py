@@ -146,6 +146,12 @@ def test_form_of_every_family(name: str) -> None:
         assert form.write(chat) == tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize(("name", "drops"), [("qwen3", True), ("qwen2_5", False)])
+def test_thinking_that_only_the_chat_template_drops_is_said(name: str, drops: bool) -> None:
+    notes = chat_form(speaking(TEMPLATES[name]), adds_bos=False).notes
+    assert any("the thinking (<think>) of earlier answers" in note for note in notes) is drops
+
+
 @pytest.mark.parametrize(
     "template",
     [
