@@ -14,41 +14,61 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from extensions.benchmark.generation import by_litft, by_transformers, prompts
+from litft.infer import products
 from litft.infer.load import load_for_inference
-from litft.infer.products import Linear
 from litft.models import cpu
 from litft.models.resolve import resolve
 
 DATA = Path(__file__).parents[2] / "tutorials/data/quickstart.jsonl"
 
 
+@pytest.fixture(autouse=True)
+def amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "is_amd", lambda: True)
+
+
+@pytest.mark.parametrize("free", [float("inf"), 0.0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 7), (1, 1), (0, 2)])
-def test_the_product_is_that_of_64_bits(shape: tuple[int, int], bias: bool) -> None:
+def test_the_product_is_that_of_64_bits(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], bias: bool, free: float
+) -> None:
+    monkeypatch.setattr(products, "host_memory_left", lambda: free)
     torch.manual_seed(0)
-    plain, x = nn.Linear(300, 65, bias=bias), torch.randn(*shape, 300)
+    layer, x = nn.Linear(300, 65, bias=bias), torch.randn(*shape, 300)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    products.by_onednn(layer)
+    assert type(layer) is products.Linear
     with torch.no_grad():
-        exact = plain.double()(x.double())
-        plain.float().__class__ = Linear
-        torch.testing.assert_close(plain(x).double(), exact, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x).double(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_and_16_bits_are_torchs_own() -> None:
-    layer, x = Linear(8, 4), torch.randn(2, 8)
+def test_gradients_other_dtypes_and_changed_weights_are_torchs_own() -> None:
+    layer, x = nn.Linear(8, 4), torch.randn(2, 8)
+    products.by_onednn(layer)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(4, 8))
     with torch.no_grad():
+        layer.weight.zero_()
+        torch.testing.assert_close(layer(x), layer.bias.expand(2, 4))
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("amd", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
-def test_only_fp32_on_amd_is_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amd: bool, dtype: torch.dtype
+def test_only_amd_is_changed_and_16_bits_only_with_room_for_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "is_amd", lambda: amd)
-    model = load_for_inference(save_tiny(tmp_path / "tiny", "llama"), device="cpu", dtype=dtype).model
-    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
-    assert kinds == {Linear if amd and dtype == torch.float32 else nn.Linear}
+    folder = save_tiny(tmp_path / "tiny", "llama")
+    monkeypatch.setattr(cpu, "fast_bf16", lambda: True)
+
+    def kinds(dtype: torch.dtype) -> set[type]:
+        model = load_for_inference(folder, device="cpu", dtype=dtype).model
+        return {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+
+    assert kinds(torch.float32) == kinds(torch.bfloat16) == {products.Linear}
+    monkeypatch.setattr(products, "host_memory_left", lambda: 0.0)
+    assert kinds(torch.float32) == {products.Linear} and kinds(torch.bfloat16) == {nn.Linear}
+    monkeypatch.setattr(cpu, "is_amd", lambda: False)
+    assert kinds(torch.float32) == {nn.Linear}
 
 
 @pytest.mark.slow
