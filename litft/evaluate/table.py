@@ -25,7 +25,10 @@ def table(facts: dict[str, Any]) -> str:
 
 def _set(name: str, found: dict[str, Any]) -> list[str]:
     answered = f", {found['rows_answered']:,} answered" if found["rows_answered"] else ""
-    lines = [f"{name}: {found['rows']:,} rows, {found['tokens']:,} trained tokens{answered}"]
+    rows, tokens = (
+        f"{n:,} {what}{'s' * (n != 1)}" for n, what in ((found["rows"], "row"), (found["tokens"], "trained token"))
+    )
+    lines = [f"{name}: {rows}, {tokens}{answered}"]
     lines += [f"  left out: {count:,} {why}" for why, count in found["left_out"].items()]
     lines += [
         f"  {name}: on {count:,} of them, the other references have none"

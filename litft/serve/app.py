@@ -155,6 +155,8 @@ async def _unless_gone(answers: Answers, http: HttpRequest) -> Response:
     try:
         await asyncio.wait({whole, hung_up}, return_when=asyncio.FIRST_COMPLETED)
         return JSONResponse(await whole) if whole.done() else Response(status_code=499)
+    except asyncio.CancelledError:  # a second Ctrl-C, or an answer that outlasts the server's patience
+        raise ApiError(503, "the server is going down", code="shutting_down") from None
     finally:
         answers.cancel()
         for task in (whole, hung_up):
@@ -174,7 +176,7 @@ def _explained(error: RequestValidationError) -> ApiError:
     where = ".".join(str(part) for part in first["loc"] if part != "body") or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {where}", code="unknown_parameter", param=where)
-    if first["type"] in ("json_invalid", "model_attributes_type", "missing") and where is None:
+    if first["type"] == "json_invalid" or (first["type"] in ("model_attributes_type", "missing") and where is None):
         return ApiError(400, "the body is not a JSON object, or its Content-Type is not application/json")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"{where or 'the body'}: {first['msg']}", code=code, param=where)

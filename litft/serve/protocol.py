@@ -142,7 +142,10 @@ class ChatAsked(_Asked):
         try:
             messages, train = to_messages([{k: v for k, v in turn.items() if v is not None} for turn in turns])
             tools = None if self.tool_choice == "none" else to_tools(self.tools)
-            return [bundle.encode(Conversation(messages, train, tools=tools))]
+            ids = bundle.encode(Conversation(messages, train, tools=tools))
+            if tools and ids == bundle.encode(Conversation(messages, train)):
+                raise ApiError(400, f"{bundle.name}'s chat template has no place for tools", param="tools")
+            return [ids]
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from error
 

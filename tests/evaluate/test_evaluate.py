@@ -194,6 +194,11 @@ def test_references_that_a_pattern_does_not_match_are_not_scored_and_said(litft:
     assert "extracted/number: on 2 of them" in out
 
 
+def test_one_row_is_not_called_rows(litft: Run, base: Path, rows: Path) -> None:
+    _, out, _ = litft(base, "--data", rows, "--answers", 0, "--limit", 1)
+    assert re.search(r"^test: 1 row, \d+ trained tokens$", out, re.M), out
+
+
 def test_a_broken_model_has_no_loss_rather_than_nan(litft: Run, rows: Path) -> None:
     folder = save_tiny(Path("broken"))
     model = AutoModelForCausalLM.from_pretrained(folder)
