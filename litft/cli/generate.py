@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from litft.cli.parsing import Parser, add_trust, counted, positive, progress, waiting
@@ -108,9 +109,10 @@ def _answer_file(args: argparse.Namespace) -> int:
     if args.system is not None:
         raise UserError("--system goes with --prompt; rows bring their own system message")
     from litft.data.files import find_files
-    from litft.infer.generate import generate_file
+    from litft.infer.generate import check_new, generate_file
 
     find_files(args.data)  # a file that is not there, before the model is loaded
+    check_new(Path(args.out))
     bundle = load(args)
     done = 0
     with progress("answering", None, "rows", wait=0) as advance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from litft.cli.parsing import Parser, add_trust, counted, positive, progress, waiting
 
@@ -25,9 +26,11 @@ def main(argv: list[str]) -> int:
     add_trust(parser)
     args = parser.parse(argv)
     from litft.data.files import find_files
+    from litft.infer.generate import check_new
     from litft.infer.score import load_scorer, score_file
 
     find_files(args.data)  # a file that is not there, before the model is loaded
+    check_new(Path(args.out))
     with waiting(f"loading {args.FOLDER}"):
         bundle = load_scorer(args.FOLDER, device=args.device, trust_remote_code=args.trust_remote_code)
     done = 0

@@ -121,13 +121,10 @@ def generate_file(
 
     Raises:
         DataError: a bad row, or one that leaves no room for an answer.
-        UserError: `out` cannot be written or is the data file, or an option is out of range.
+        UserError: `out` cannot be written or is there, or an option is out of range.
     """
     out = Path(out)
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file")
-    if out.resolve() == Path(data_file).resolve():
-        raise UserError(f"--out {out}: is the data file itself; name another")
+    check_new(out)
     asked, skipped = _questions(bundle, data_file, bad_rows)
     window = 32 * batch_size  # answered in order of length inside, written in the order of the rows
     with _new_file(out) as file:
@@ -138,6 +135,18 @@ def generate_file(
             for row, answer in zip(rows, answers, strict=True):
                 file.write(json.dumps(_answered(row, answer), ensure_ascii=False) + "\n")
     return skipped
+
+
+def check_new(out: Path) -> None:
+    """Refuse a place that holds something.
+
+    Raises:
+        UserError: it does.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    if out.resolve().exists():
+        raise UserError(f"--out {out}: is there, and not overwritten; name another file")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litft.data.conversation import Conversation
 from litft.errors import DataError, UserError
-from litft.infer.generate import Progress, _new_file
+from litft.infer.generate import Progress, _new_file, check_new
 from litft.infer.load import find_device
 
 if TYPE_CHECKING:
@@ -149,13 +149,10 @@ def score_file(
 
     Raises:
         DataError: a bad row.
-        UserError: `out` cannot be written or is the data file.
+        UserError: `out` cannot be written or is there.
     """
     out = Path(out)
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file")
-    if out.resolve() == Path(data_file).resolve():
-        raise UserError(f"--out {out}: is the data file itself; name another")
+    check_new(out)
     rows, asked, skipped = _read(data_file, bad_rows)
     scores = iter(score(bundle, asked, batch_size=batch_size, progress=progress))
     pairs = right = 0

@@ -328,7 +328,7 @@ def test_answers_given_before_an_interruption_are_kept(llama: ChatModel, tmp_pat
 
 def test_an_out_file_that_cannot_be_is_named(llama: ChatModel, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", chat_rows(1))
-    with pytest.raises(UserError, match="is the data file itself"):
+    with pytest.raises(UserError, match="is there, and not overwritten"):
         generate_file(llama, str(data), tmp_path / "x" / ".." / "rows.jsonl")
     with pytest.raises(UserError, match="cannot be written"):
         generate_file(llama, str(data), data / "out.jsonl", max_new_tokens=2)
