@@ -79,9 +79,11 @@ def check(argv: list[str]) -> int:
         "litft config check mine.yaml",
     )
     parser.add_argument("NAME_OR_FILE", help=NAME)
-    parser.add_argument("--method", choices=tuple(METHODS), default="lora", help="the word after litft finetune (lora)")
+    parser.add_argument("--method", choices=tuple(METHODS), help="of litft finetune (the name's end, or lora)")
     args = parser.parse(argv)
-    name, method = args.NAME_OR_FILE, args.method
+    name = args.NAME_OR_FILE
+    ending = Path(name).stem.rpartition("-")[2]
+    method = args.method or (ending if ending in METHODS else "lora")
     from litft.cli.finetune import _parse, _quiet
 
     said = dict(read_config(name))

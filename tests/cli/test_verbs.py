@@ -604,7 +604,8 @@ def test_config_check_accepts_what_the_hub_holds(litft: Run) -> None:
     for name in names:
         code, out, err = litft("config", "check", name)
         assert code == 0, err
-        tuner = {"full": "Full", "lora": "LoRA", "qlora": "QLoRA"}[name.rpartition("-")[2]]
+        named = re.search(r"^  tuner: (\w+)$", litft("config", "show", name)[1], re.M)
+        tuner = {"full": "Full", "lora": "LoRA", "qlora": "QLoRA"}[named[1] if named else ""]
         assert out.startswith(f"{name}: good; ") and f" {tuner} on " in out
 
 
