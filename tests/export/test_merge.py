@@ -302,6 +302,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 def test_memory_is_bounded_by_the_largest_weight_not_by_the_model(tmp_path: Path) -> None:
     wide = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "num_attention_heads": 8}
