@@ -82,7 +82,7 @@ def check(argv: list[str]) -> int:
     parser.add_argument("--method", choices=tuple(METHODS), help="of litft finetune (the name's end, or lora)")
     args = parser.parse(argv)
     name = args.NAME_OR_FILE
-    ending = Path(name).stem.rpartition("-")[2]
+    ending = name.removesuffix(".yaml").rpartition("-")[2]
     method = args.method or (ending if ending in METHODS else "lora")
     from litft.cli.finetune import _parse, _quiet
 
