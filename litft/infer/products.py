@@ -40,7 +40,8 @@ def by_onednn(model: nn.Module) -> None:
     The copies stay beside the weights, as long as they take a quarter of the free memory at most; beyond that fp32 is
     multiplied without (1.5 to 2 times as fast).
     """
-    if not cpu.is_amd() or not torch.backends.mkldnn.is_available():
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not cpu.is_amd() or not there:  # inductor's own operators: no promise that a torch to come has them
         return
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     layers = [layer for layer in linears if type(layer.weight.data) is Tensor and layer.weight.device.type == "cpu"]
