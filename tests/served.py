@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -36,3 +37,8 @@ def slow_down(server: Server, seconds: float = 0.02) -> None:
     engine = server.worker.engine
     step = engine.step
     engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign]
+
+
+def heed_interrupts() -> None:
+    """For a child process: what a shell has started in the background, tests too, ignores Ctrl-C, and its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from served import heed_interrupts
 from test_tutorials import ROOT, blocks
 from tiny import save_tiny
 
@@ -47,6 +48,7 @@ def start(folder: Path, command: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
 
 

@@ -21,7 +21,7 @@ import openai
 import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
-from served import served, slow_down
+from served import heed_interrupts, served, slow_down
 from tiny import chat_rows, save_tiny
 
 from litft.cli.main import main
@@ -411,7 +411,9 @@ def test_a_signal_ends_it_and_cuts_what_is_being_answered(tmp_path: Path, number
     )
     words = [sys.executable, "-m", "litft", "serve", str(folder), "--port", "0", "--max_tokens", "29000"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "LITFT_API_KEY": "s3cret-key"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heed_interrupts
+    ) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline() + process.stdout.readline()
