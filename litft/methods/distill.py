@@ -35,6 +35,7 @@ class Distill(SFT):
         options: of `SFT`.
     """
 
+    dropout: ClassVar[bool] = False
     measured: ClassVar[tuple[str, ...]] = ("ce", "divergence")
 
     def __init__(

@@ -44,6 +44,12 @@ class Frozen(Full):
         return Applied(trainable=0, total=total)
 
 
+class FrozenBase(Frozen):
+    """Nothing learns; the weights are those that adapters are put on."""
+
+    trains_base = False
+
+
 class Reference:
     """What a method's model is compared with.
 
@@ -145,7 +151,7 @@ def frozen(
 
     twin = SFT(
         path or method.path,
-        Frozen(quant),
+        (Frozen if method.tuner.trains_base else FrozenBase)(quant),
         optimizer=method.optimizer_name,
         offload="parameters" if offload else "none",
         recompute="full" if offload else "none",
