@@ -71,7 +71,8 @@ class Page:
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")])
 def test_a_question_is_answered(browser: Any, bundle: ChatModel, width: int, scheme: str) -> None:
-    with served(bundle, max_tokens=80) as (_, url):
+    with served(bundle, max_tokens=80) as (server, url):
+        slow_down(server, 0.01)  # so that there is a time in which it can be stopped
         view = Page(browser, url, width, scheme)
         view.page.get_by_text("tiny", exact=True).first.wait_for()
         view.shot(f"{width}-{scheme}-empty")
