@@ -243,8 +243,12 @@ def _resolved(cli: Any, trainer: Any) -> str:
 
 
 HELP = """\
-usage: litft finetune full|lora|qlora --data FILE... [--model ID_OR_FOLDER] [--out FOLDER] [--config FILE_OR_NAME]
-                                      [--dry_run] [--json] [--resume] [--debug] [--GROUP.KEY VALUE ...]
+usage: litft finetune METHOD --data FILE... [--model ID_OR_FOLDER] [--out FOLDER] [--config FILE_OR_NAME]
+                             [--dry_run] [--json] [--resume] [--debug] [--GROUP.KEY VALUE ...]
+
+METHOD: full, lora, qlora (on conversations); distill (beside a teacher); dpo, orpo, simpo, cpo, reward (on pairs of
+answers); kto (on labelled answers). All but the first three take --model.tuner full|lora|qlora; see
+tutorials/preferences.md.
 
 short forms: --data FILE... is --data.train (several files are a mix), --model is --model.path; the tuner's options are
 --model.tuner.r, .alpha, .dropout, .targets and so on. Every key below is a flag and a YAML key. Beside them,

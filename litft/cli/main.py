@@ -10,7 +10,7 @@ import sys
 import traceback
 
 VERBS = {
-    "finetune": "fine-tune a model: litft finetune full|lora|qlora --data FILE",
+    "finetune": "fine-tune a model: litft finetune full|lora|qlora|dpo|... --data FILE",
     "data": "look at training data: litft data check|show|stats FILE",
     "generate": "answer a prompt, or every row of a file: litft generate FOLDER --prompt TEXT",
     "evaluate": "loss and answers on rows, against a baseline: litft evaluate FOLDER --data FILE",

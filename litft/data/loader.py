@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,11 @@ class Whole:
     rows: np.ndarray
     trained: int
     ranks: int = 1
+
+    @cached_property
+    def ordered(self) -> np.ndarray:
+        """The rows in the order of the file, each once."""
+        return np.unique(self.rows)
 
 
 Make = Callable[[np.ndarray, Whole], Batch]

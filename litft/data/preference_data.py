@@ -76,8 +76,9 @@ def _make(rows: Selection, packing: bool, pad_id: int, prompts_too: bool, some: 
     """A micro-batch, and with it the numbers that its rows bring, what is known of them, and a count of the step's."""
     batch = make_batch(some, rows.whole_documents if prompts_too else rows.documents, whole, packing, pad_id)
     batch["values"] = torch.tensor([rows.value(int(row)) for row in some], dtype=torch.float32)
-    counts = rows.lengths_of - 1 if prompts_too else rows.trained_of
-    batch["chosen_denominator"] = torch.tensor(counts[whole.rows, 0].sum() / whole.ranks, dtype=torch.float32)
+    counts = (rows.lengths_of if prompts_too else rows.trained_of)[whole.rows, 0]
+    chosen = (counts - prompts_too).sum()  # nothing predicts a document's first token
+    batch["chosen_denominator"] = torch.tensor(chosen / whole.ranks, dtype=torch.float32)
     if prompts_too:
         masks = [trained[1:] for row in some for _, trained in rows.documents(int(row))]
         batch["answers"] = torch.from_numpy(np.concatenate(masks or [np.zeros(0, bool)]))
@@ -91,8 +92,8 @@ def _with_mismatched(make: Make, rows: Selection, pad_id: int, some: np.ndarray,
     before it, whatever micro-batch or rank that is in; the only row of a step gets that of another step's.
     """
     batch = make(some, whole)
-    before = answers_of_others(whole.rows, len(rows))
-    documents = [mismatched(rows.read(int(row)), rows.read(before[int(row)]), rows.max_length) for row in some]
+    pairs = [(int(row), another(int(row), whole.ordered, len(rows))) for row in some]
+    documents = [mismatched(rows.read(row), rows.read(other), rows.max_length) for row, other in pairs]
     if not documents:
         documents = [(np.zeros(8, np.int64), np.zeros(8, bool))]
     packing = "attention_mask" not in batch
@@ -100,17 +101,17 @@ def _with_mismatched(make: Make, rows: Selection, pad_id: int, some: np.ndarray,
     return batch | {"mismatched": made | {"rows": len(some)}}
 
 
-def answers_of_others(rows: np.ndarray, count: int) -> dict[int, int]:
-    """For each of these rows another one, whose answer its prompt gets.
+def another(row: int, ordered: np.ndarray, count: int) -> int:
+    """The row whose answer a row's prompt gets.
 
     Args:
-        rows: of a step; a row may be there twice.
+        row: of a step.
+        ordered: the step's rows, each once.
         count: of all rows.
     """
-    order = np.unique(rows)
-    if len(order) == 1:
-        return {int(order[0]): int(order[0] - 1) % count}
-    return dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    if len(ordered) == 1:
+        return (row - 1) % count
+    return int(ordered[np.searchsorted(ordered, row) - 1])
 
 
 def mismatched(asked: Document, answered: Document, max_length: int) -> Document:

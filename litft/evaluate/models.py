@@ -64,7 +64,7 @@ class Candidate:
     def load(self, device: str, dtype: torch.dtype | None) -> ChatModel:
         """The model, its adapter merged in memory."""
         from litft.data.template import ChatEncoder
-        from litft.export.final import as_ids, control_ids, generation_settings
+        from litft.export.final import as_ids, generation_settings, template_stops
         from litft.infer.load import load_for_inference
 
         bundle = load_for_inference(
@@ -76,8 +76,7 @@ class Candidate:
         )
         if bundle.encoder is None and self.template:
             encoder = ChatEncoder(self.tokenizer)
-            stops = control_ids(self.tokenizer, encoder.stop_ids)
-            settings = generation_settings(bundle.settings, self.tokenizer, stops)
+            settings = generation_settings(bundle.settings, self.tokenizer, template_stops(self.tokenizer))
             ends = set(as_ids(settings.eos_token_id))
             changed: dict[str, Any] = {"settings": settings, "stop_ids": ends, "encoder": encoder}
             bundle = dataclasses.replace(bundle, tokenizer=self.tokenizer, **changed)

@@ -22,13 +22,16 @@ from litft.export.weights import (
     stream_weights,
     unwrap,
 )
+from litft.models.quiet import quiet
 from litft.models.shard import is_sharded
 from litft.modes import follow_umask
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+    from litft.models.resolve import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +172,30 @@ def generation_settings(
     pads = [*as_ids(tokenizer.pad_token_id), *as_ids(base.pad_token_id), *stops]
     settings.pad_token_id = pads[0] if pads else None
     return settings
+
+
+def own_settings(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    """The generation settings of a fine-tuned model: beside the adapter, else the base's."""
+    from transformers import GenerationConfig
+
+    for folder in filter(None, (source.adapter, source.folder)):
+        if (folder / "generation_config.json").is_file():
+            with quiet():
+                return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
+
+def template_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The control tokens with which the chat template ends an answer."""
+    from litft.data.masks import MaskError
+    from litft.data.template import ChatEncoder
+
+    if not tokenizer.chat_template:
+        return set()
+    try:
+        return control_ids(tokenizer, ChatEncoder(tokenizer).stop_ids)
+    except MaskError:  # a template that is not understood can still be written with
+        return set()
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> set[int]:

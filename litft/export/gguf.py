@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from litft.errors import Failed, UserError
-from litft.export.final import as_ids, control_ids, generation_settings, new_folder
+from litft.export.final import as_ids, generation_settings, new_folder, own_settings, template_stops
 from litft.export.gguf_families import family_of
 from litft.export.gguf_tokenizer import Vocabulary, vocabulary
 
@@ -118,9 +118,10 @@ def write_gguf(
     from litft.models.load import load_config, load_tokenizer
 
     options = {"trust_remote_code": trust_remote_code}
-    family_of(load_config(source, **options), tied=True)  # before anything long: what can't be written at all
+    config = load_config(source, **options)
+    family_of(config, tied=True)  # before anything long: what can't be written at all
     tokenizer = load_tokenizer(source, **options)
-    stops = stop_ids(source, tokenizer)
+    stops = stop_ids(source, tokenizer, config)
     weights = open_weights(source, tokenizer, **options)
     tied = "lm_head.weight" not in weights.shapes
     family = family_of(weights.config, tied=tied)
@@ -171,29 +172,10 @@ def open_weights(source: ModelSource, tokenizer: PreTrainedTokenizerBase, **opti
     return Weights(config, {name: tuple(p.shape) for name, p in live.items()}, lambda name: live[name].detach())
 
 
-def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[int]:
     """Every token that ends an answer, as `litft generate` stops on them; a trained one first."""
-    settings = settings_of(source)
-    found: set[int] = set()
-    if tokenizer.chat_template:
-        from litft.data.masks import MaskError
-        from litft.data.template import ChatEncoder
-
-        try:
-            found = control_ids(tokenizer, ChatEncoder(tokenizer).stop_ids)
-        except (MaskError, UserError):  # a template that is not understood can still be written
-            found = set()
-    return as_ids(generation_settings(settings, tokenizer, found).eos_token_id)
-
-
-def settings_of(source: ModelSource) -> Any:
-    """The generation settings beside an adapter, else beside its base; plain ones where there are none."""
-    from transformers import GenerationConfig
-
-    for folder in (source.adapter, source.folder):
-        if folder is not None and (folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig()
+    settings = own_settings(source, config)
+    return as_ids(generation_settings(settings, tokenizer, template_stops(tokenizer)).eos_token_id)
 
 
 def name_of(source: ModelSource) -> str:

@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litft.errors import Failed, UserError
 from litft.export.card import derived_card
-from litft.export.final import clean_tokenizer, control_ids, generation_settings, new_folder, save_text_files
+from litft.export.final import (
+    clean_tokenizer,
+    generation_settings,
+    new_folder,
+    own_settings,
+    save_text_files,
+    template_stops,
+)
 from litft.export.weights import exported_config, full_state_dict, save_weights, split, stored_dtype, write_index
-from litft.models.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from litft.export.verify import Check
     from litft.models.resolve import ModelSource
@@ -202,7 +208,7 @@ def _write_whole(
     """As `write_model`, with the whole model in memory: in its own dtype where that is the one to write."""
     import torch
 
-    from litft.models.load import load_model
+    from litft.models.load import grow, load_model
     from litft.tuners import merge_adapter
     from litft.tuners.peft_format import tuner_options
 
@@ -216,18 +222,6 @@ def _write_whole(
     state = full_state_dict(model, dtype)
     save_weights(model, state, config, folder, shard_bytes)
     return len(state), None, config
-
-
-def grow(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give tokens that were added in training their rows in a base model, at the mean of the old ones.
-
-    Those that were trained come with the adapter.
-    """
-    from litft.models.load import add_rows
-
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        add_rows(model, tokenizer, tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer)))))
 
 
 def write_settings(
@@ -254,30 +248,6 @@ def write_settings(
     config.eos_token_id = generation.eos_token_id
     config.save_pretrained(folder)
     save_text_files(clean_tokenizer(tokenizer, stops), generation, folder, partial(derived_card, source))
-
-
-def own_settings(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
-    """The generation settings of a fine-tuned model: beside the adapter, else the base's."""
-    from transformers import GenerationConfig
-
-    for folder in filter(None, (source.adapter, source.folder)):
-        if (folder / "generation_config.json").is_file():
-            with quiet():
-                return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(config)
-
-
-def template_stops(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The control tokens with which the chat template ends an answer."""
-    from litft.data.masks import MaskError
-    from litft.data.template import ChatEncoder
-
-    if not tokenizer.chat_template:
-        return set()
-    try:
-        return control_ids(tokenizer, ChatEncoder(tokenizer).stop_ids)
-    except MaskError:  # a template that is not understood can still be written with
-        return set()
 
 
 def keep_adapter(source: ModelSource, out: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litft.data.dated import writes_date
 from litft.errors import UserError
-from litft.export.final import new_folder
-from litft.export.gguf import DTYPES, Progress, name_of, settings_of, stop_ids, write_gguf
+from litft.export.final import new_folder, own_settings
+from litft.export.gguf import DTYPES, Progress, name_of, stop_ids, write_gguf
 from litft.export.gguf_tokenizer import adds_bos, rendered
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def export_ollama(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     form = chat_form(tokenizer, adds_bos=adds_bos(tokenizer))
     config = load_config(source, trust_remote_code=trust_remote_code)
-    stops = [str(tokenizer.convert_ids_to_tokens(id)) for id in stop_ids(source, tokenizer)]
+    stops = [str(tokenizer.convert_ids_to_tokens(id)) for id in stop_ids(source, tokenizer, config)]
     name = name_of(source)
     with new_folder(out) as folder:
         file = folder / f"{name}-{dtype}.gguf"
@@ -277,7 +277,7 @@ def export_ollama(
         modelfile = [
             f"FROM ./{file.name}",
             f'TEMPLATE """{form.go()}"""',
-            *parameters(settings_of(source), stops, context_of(config)),
+            *parameters(own_settings(source, config), stops, context_of(config)),
         ]
         (folder / "Modelfile").write_text("\n".join(modelfile) + "\n", encoding="utf-8")
     return [

@@ -110,8 +110,7 @@ def verify(
     """
     from transformers import AutoModelForCausalLM
 
-    from litft.export.hf import grow
-    from litft.models.load import load_model
+    from litft.models.load import grow, load_model
     from litft.tuners import LoRA
 
     code: Any = {"trust_remote_code": trust_remote_code}

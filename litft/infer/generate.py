@@ -127,7 +127,7 @@ def generate_file(
     check_new(out)
     asked, skipped = _questions(bundle, data_file, bad_rows)
     window = 32 * batch_size  # answered in order of length inside, written in the order of the rows
-    with _new_file(out) as file:
+    with new_file(out) as file:
         for start in range(0, len(asked), window):
             rows = asked[start : start + window]
             report = None if progress is None else _shifted(progress, start, len(asked))
@@ -150,7 +150,7 @@ def check_new(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(out: Path) -> Iterator[TextIO]:
+def new_file(out: Path) -> Iterator[TextIO]:
     """A file that appears as `out` when the block ends well; what an interruption left of it stays as `OUT.part`."""
     part = out.with_name(f"{out.name}.part")
     try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from litft.data.conversation import Conversation, Message
 from litft.errors import UserError
-from litft.export.final import as_ids, control_ids, generation_settings
+from litft.export.final import as_ids, generation_settings, own_settings, template_stops
 
 if TYPE_CHECKING:
     import torch
@@ -127,8 +127,9 @@ def load_for_inference(
     from litft.data.template import ChatEncoder
     from litft.export.weights import stored_dtype
     from litft.infer.products import by_onednn
-    from litft.models.load import is_quantised, load_model, load_tokenizer
+    from litft.models.load import grow, is_quantised, load_model, load_tokenizer
     from litft.models.resolve import resolve
+    from litft.tuners.lora import merge_adapter
 
     where = find_device(device)
     source = resolve(name, revision=revision, trust_remote_code=trust_remote_code, quantised=True)
@@ -141,14 +142,14 @@ def load_for_inference(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
     if source.adapter is not None:
-        _merge(model, source.adapter, tokenizer)
+        grow(model, tokenizer)
+        merge_adapter(model, source.adapter)
     model.config.use_cache = True
     model = model.requires_grad_(False).eval().to(where)
     by_onednn(model)
 
-    settings = _own_settings(source.adapter) or model.generation_config
+    settings = generation_settings(own_settings(source, model.config), tokenizer, template_stops(tokenizer))
     encoder = ChatEncoder(tokenizer) if tokenizer.chat_template else None
-    settings = generation_settings(settings, tokenizer, _template_stops(encoder))
     return ChatModel(model, tokenizer, settings, set(as_ids(settings.eos_token_id)), encoder, str(name))
 
 
@@ -168,44 +169,6 @@ def find_device(device: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise UserError(f"--device {device}: not available here; use --device auto or cpu") from error
     return where
-
-
-def _merge(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fold a PEFT adapter folder into the model it was trained on, in place: computed in fp32, stored as the model is.
-
-    Raises:
-        UserError: the adapter does not fit the model.
-    """
-    from litft.tuners.lora import merge_adapter
-
-    embedding: Any = model.get_input_embeddings()
-    if len(tokenizer) > embedding.weight.shape[0]:  # tokens were added in training; their rows come with the adapter
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    merge_adapter(model, adapter)
-
-
-def _own_settings(adapter: Path | None) -> GenerationConfig | None:
-    """The generation settings beside an adapter, which go before those of its base."""
-    from transformers import GenerationConfig
-
-    if adapter is None or not (adapter / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(adapter)
-
-
-def _template_stops(encoder: ChatEncoder | None) -> set[int]:
-    """The tokens with which the chat template ends an answer, where they are tokens of their own.
-
-    Published models do not always list them among their stop tokens.
-    """
-    from litft.data.masks import MaskError
-
-    if encoder is None:
-        return set()
-    try:
-        return control_ids(encoder.tokenizer, encoder.stop_ids)
-    except MaskError:  # a template that is not understood can still be written with
-        return set()
 
 
 def _fast_16_bit_cpu() -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litft.data.conversation import Conversation
 from litft.errors import DataError, UserError
-from litft.infer.generate import Progress, _new_file, check_new
+from litft.infer.generate import Progress, check_new, new_file
 from litft.infer.load import find_device
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load_scorer(
     import torch
 
     from litft.data.template import ChatEncoder
-    from litft.models.load import load_model, load_tokenizer
+    from litft.models.load import grow, load_model, load_tokenizer
     from litft.models.resolve import read_json, resolve
     from litft.models.scorer import Scorer
     from litft.tuners.lora import merge_adapter
@@ -73,9 +73,7 @@ def load_scorer(
     options: Any = {"trust_remote_code": trust_remote_code, "attn_implementation": "sdpa", "scores": True}
     model = load_model(source, dtype=dtype or torch.float32, **options)
     if source.adapter is not None:
-        embedding: Any = model.get_input_embeddings()
-        if len(tokenizer) > embedding.weight.shape[0]:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        grow(model, tokenizer)
         merge_adapter(model, source.adapter)
     net = Scorer(model.requires_grad_(False).eval()).to(where)
     return ScoreModel(net, ChatEncoder(tokenizer), str(name))
@@ -156,7 +154,7 @@ def score_file(
     rows, asked, skipped = _read(data_file, bad_rows)
     scores = iter(score(bundle, asked, batch_size=batch_size, progress=progress))
     pairs = right = 0
-    with _new_file(out) as file:
+    with new_file(out) as file:
         for value, names in rows:
             found = {name: next(scores) for name in names}
             if len(names) == 2:

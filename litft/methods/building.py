@@ -55,7 +55,7 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
         options["scores"] = True
     bare = skeleton(method.source, **options) if parallel and not _needs_weights(method) else None
     model = bare[0] if bare else load_model(method.source, **options)
-    if parallel and not bare and torch.distributed.get_rank() == 0:
+    if parallel and not bare and _is_first():
         print("       each process loads the whole model before it is cut up (tutorials/many-devices.md)", flush=True)
     if method.new_tokens:
         rows = add_rows(model, method.tokenizer, method.new_tokens)
@@ -91,7 +91,7 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
             "--trainer.strategy.context_parallel_size: the model's configuration asks for its router's balance loss,"
             " which sees a part of each document\nmend: --model.balance_experts 0, or leave it out"
         )
-    if not method.dropout and switch_off_dropout(model):
+    if not method.dropout and switch_off_dropout(model) and _is_first():
         print(f"       no dropout with {type(method).__name__}", flush=True)
     net: CausalLM = CausalLM(model, bool(method.balance), fast_loss=False, alike=method.alike)
     method.net = net = Scorer(model) if method.scores else net
@@ -122,6 +122,11 @@ def build_model(method: Method, precision: str, device: torch.device, parallel: 
         ) from error
     let_go(net)
     method.offloaded = parallel is None and keep_on_host(method, device)
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that says things."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def switch_off_dropout(model: Any) -> bool:

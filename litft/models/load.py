@@ -223,6 +223,16 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fresh: 
     return ids
 
 
+def grow(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokens that were added in training their rows in a base model, at the mean of the old ones.
+
+    Those that were trained come with the adapter.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        add_rows(model, tokenizer, tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer)))))
+
+
 def fingerprint(source: ModelSource) -> str:
     """What identifies a model's weights, for cache keys and to check a resumed run; cheap, whatever its size.
 

@@ -14,7 +14,7 @@ import torch
 from preferences import files, labelled_rows, pair_rows, save_model
 from processes import run_in
 from runs import assert_same_run, last, metrics, start
-from tiny import write_jsonl
+from tiny import chat_rows, write_jsonl
 from training import Trace, difference, train
 
 import litft
@@ -30,6 +30,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "orpo, prompts too": {"kind": "ORPO", "method": {"nll_on": "all"}},
     "cpo": {"kind": "CPO"},
     "simpo": {"kind": "SimPO"},
+    "reward": {"kind": "Reward", "method": {"centring": 0.01}},
+    "distill": {"kind": "Distill", "method": {"ce_share": 0.3, "loss_type": "reverse_kl"}},
+    "distill, top_k": {"kind": "Distill", "method": {"top_k": 16}},
 }
 TUNERS: dict[str, Any] = {
     "full": ("Full", {}),
@@ -60,7 +63,12 @@ PLAIN += [("dpo, sorted", "full", "tensor"), ("kto", "lora", "context"), ("orpo,
 
 def can_be(name: str, tuner: str, how: str) -> bool:
     """Not refused (`litft.methods.refusals`)."""
-    return how == "ddp" or not (name == "dpo, following" or (tuner == "qlora" and how == "tensor"))
+    refused = (
+        name == "dpo, following"
+        or (tuner == "qlora" and how == "tensor")
+        or (how == "context" and name.partition(",")[0] in ("reward", "distill"))
+    )
+    return how == "ddp" or not refused
 
 
 ALL = [case for case in itertools.product(METHODS, TUNERS, STRATEGIES) if can_be(*case)]
@@ -70,25 +78,28 @@ ALL = [case for case in itertools.product(METHODS, TUNERS, STRATEGIES) if can_be
 def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The model, and the rows of either kind: of the last step there are too few for all processes' micro-batches."""
     folder = tmp_path_factory.mktemp("common")
-    rows = files(folder, 25, 45)
+    rows = files(folder, 25, 45) | {"chats": write_jsonl(folder / "chats.jsonl", chat_rows(30, seed=5))}
     val = {
         "pairs": write_jsonl(folder / "val-pairs.jsonl", pair_rows(5, seed=3)),
         "labelled": write_jsonl(folder / "val-labelled.jsonl", labelled_rows(5, seed=3)),
+        "chats": write_jsonl(folder / "val-chats.jsonl", chat_rows(5, seed=6)),
         "one": write_jsonl(folder / "val-one.jsonl", pair_rows(1, seed=4)),
     }
-    return {"model": str(save_model(folder / "model")), "rows": rows, "val": val}
+    teacher = save_model(folder / "teacher", seed=5, num_hidden_layers=3)
+    return {"model": str(save_model(folder / "model")), "teacher": str(teacher), "rows": rows, "val": val}
 
 
 def job(common: dict[str, Any], name: str, tuner: str, **data: Any) -> dict[str, Any]:
     case = METHODS[name]
-    kind = "labelled" if case["kind"] == "KTO" else "pairs"
+    kind = getattr(litft, case["kind"]).rows
+    taught = {"teacher": common["teacher"]} if case["kind"] == "Distill" else {}
     return {
         "model": common["model"],
         "rows": str(common["rows"][kind]),
         "val": str(common["val"][kind]),
         "kind": case["kind"],
         "tuner": TUNERS[tuner],
-        "method": {"optimizer": "sgd", "lr": 0.05, "clip": 1.0, **case.get("method", {})},
+        "method": {"optimizer": "sgd", "lr": 0.05, "clip": 1.0, **taught, **case.get("method", {})},
         "trainer": {"max_epochs": 1, "val_check_interval": 2},
         "tokens_per_step": 400,
         "tokens_per_batch": 4096,

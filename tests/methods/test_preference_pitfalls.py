@@ -18,7 +18,7 @@ from training import Trace, difference, train
 
 import litft
 from litft.data.loader import Whole
-from litft.data.preference_data import answers_of_others
+from litft.data.preference_data import another
 
 STEPS: dict[str, Any] = {"tokens_per_step": 400, "tokens_per_batch": 150}
 
@@ -291,7 +291,7 @@ def test_g4_no_answer_is_cut_away(
 
 @pytest.mark.parametrize("step", [[4], [0, 3, 9], [9, 2, 5, 7, 1], [3, 3, 8]], ids=str)
 def test_g5_no_prompt_gets_its_own_answer(step: list[int]) -> None:
-    others = answers_of_others(np.array(step), 12)
+    others = {row: another(row, np.unique(step), 12) for row in step}
     assert set(others) == set(step) and all(row != other for row, other in others.items())
     if len(set(step)) > 1:  # each answer is used once
         assert sorted(others.values()) == sorted(set(step))
