@@ -175,6 +175,11 @@ class Method(Validated):
 
     # ---- the model
 
+    @property
+    def frozen_beside(self) -> list[str]:
+        """Names of models that are kept beside the trained one, on the same devices: a reference, a teacher."""
+        return []
+
     @cached_property
     def source(self) -> Any:
         """Where the model lies."""

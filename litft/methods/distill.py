@@ -75,6 +75,11 @@ class Distill(SFT):
             self._teacher = [self._load_teacher()]
         return self
 
+    @property
+    def frozen_beside(self) -> list[str]:
+        """The teacher, unless it was asked ahead."""
+        return [] if self.top_k is not None or self.offload_teacher else [self.teacher_path]
+
     def _load_teacher(self) -> Method:
         made = frozen(self, self._precision, self.teacher_path, self.offload_teacher, quant=self.teacher_quant)
         check_vocabularies(self.tokenizer, made.tokenizer, self.teacher_path)

@@ -231,10 +231,10 @@ def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         vocabulary=matrix.shape[0],
         item=item,
         tokens=-(-batch.slots // 64) * 64,
-        targets=batch.targets,
+        targets=1 if method.scores else batch.targets,  # a score's product is next to nothing
         several=batch.several,
         buckets=ranks_of(method) > 1,
-        fused=method.net.head is not None,
+        fused=method.net.head is not None or method.scores,
         experts=any(p.ndim > 2 for p in model.parameters()),
         compiled=wants_compiling(method, device),
         trains_base=method.tuner.trains_base,

@@ -25,10 +25,11 @@ from litft.methods.refusals import refuse
 from litft.models import attention
 from litft.models.causal_lm import CausalLM
 from litft.models.compiled import layers_of
-from litft.models.load import ready_to_train
+from litft.models.load import load_config, ready_to_train
 from litft.models.mesh import Sizes
 from litft.models.quiet import quiet
 from litft.models.resolve import resolve
+from litft.models.scorer import Scorer
 from litft.tuners import LoRA, QLoRA
 from litft.tuners.low_rank import share_inputs
 
@@ -209,12 +210,24 @@ def _advice(method: Method, devices: int, tokens: int, fits: list[Fit], fit: Any
     return "nothing fits; to change: " + ", ".join([*ways, *([smaller] if smaller else []), "a smaller model"])
 
 
-def _without_memory(method: Method, tokens: int) -> tuple[Facts, Kept]:
-    """Facts about the whole model on one GPU, in bf16, and what its layers keep."""
+def _frozen_bytes(path: str, dtype: torch.dtype, trust_remote_code: bool) -> int:
+    """Of a model of which nothing learns: what products read is in bf16, the rest as in the trained model."""
     from transformers import AutoModelForCausalLM
 
+    config = load_config(resolve(path, weights=False, trust_remote_code=trust_remote_code))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    embedding: Any = model.get_input_embeddings()
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(embedding.weight)}
+    return sum(p.numel() * (2 if id(p) in linears else p.element_size()) for p in model.parameters())
+
+
+def _without_memory(method: Method, tokens: int) -> tuple[Facts, Kept]:
+    """Facts about the whole model on one GPU, in bf16, and what its layers keep."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    trusted = method.trust_remote_code
     method.source = resolve(
-        method.path, revision=method.revision, weights=False, trust_remote_code=method.trust_remote_code
+        method.path, revision=method.revision, weights=False, trust_remote_code=trusted, scores=method.scores
     )
     if method.cannot_pack is not None:
         raise UserError(f"--plan.devices: rows of this model can't be packed: {method.cannot_pack}\nmend: try it there")
@@ -224,7 +237,10 @@ def _without_memory(method: Method, tokens: int) -> tuple[Facts, Kept]:
     dtype = torch.float32 if masters else torch.bfloat16
     here = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), quiet():
-        model = AutoModelForCausalLM.from_config(
+        if method.scores:
+            method.config.num_labels = 1
+        auto = AutoModelForSequenceClassification if method.scores else AutoModelForCausalLM
+        model = auto.from_config(
             method.config, dtype=dtype, attn_implementation=attention.register(), trust_remote_code=False
         )
         ready_to_train(model)
@@ -235,7 +251,8 @@ def _without_memory(method: Method, tokens: int) -> tuple[Facts, Kept]:
         if isinstance(tuner, LoRA):
             share_inputs(model)
         model.train()
-        method.net = CausalLM(model, fast_loss=False)
+        method.net = Scorer(model) if method.scores else CausalLM(model, fast_loss=False)
+        method.beside = sum(_frozen_bytes(path, dtype, trusted) for path in method.frozen_beside)
         with torch.autocast("cpu", torch.bfloat16):
             measured = measure_layers(method, layers_of(model), here)
         batch = MicroBatch(slots=tokens, targets=tokens, several=True)

@@ -171,6 +171,12 @@ class Referenced(Preference):
             self.reference = self.make_reference()
         return self
 
+    @property
+    def frozen_beside(self) -> list[str]:
+        """With full tuning the reference is a copy."""
+        copied = self.tuner.trains_base and self.reference_kind == "live" and not self.offload_reference
+        return [self.path] if copied else []
+
     def make_reference(self) -> Reference:
         """The model before training."""
         return Reference(self, self._precision, self.offload_reference, moves=bool(self.sync_reference))

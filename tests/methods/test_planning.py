@@ -14,7 +14,7 @@ import torch
 from tiny import save_tiny
 from transformers import LlamaConfig
 
-from litft import SFT, Full, LoRA, QLoRA
+from litft import DPO, SFT, Distill, Full, LoRA, QLoRA, Reward
 from litft.cli.main import main
 from litft.methods.memory import measure_layers
 from litft.methods.planning import _without_memory, plan_devices
@@ -51,6 +51,36 @@ def test_a_model_without_memory_keeps_what_a_real_one_keeps(family: str, tuner: 
     assert thought.layers == pytest.approx(measured.layers, rel=0.02)
     assert thought.inputs == measured.inputs and thought.products == pytest.approx(measured.products, rel=0.02)
     assert facts.weights == sum(p.numel() * p.element_size() for p in real.net.parameters())
+
+
+def test_what_stands_frozen_beside_a_model_is_counted(tmp_path: Path) -> None:
+    """A reference in full tuning and a teacher, as the built method has them; none where there is none."""
+    path = str(save_tiny(tmp_path / "model", "llama", hidden_size=128, intermediate_size=256))
+    larger = str(save_tiny(tmp_path / "larger", "llama", hidden_size=128, intermediate_size=256, num_hidden_layers=4))
+    plain = {tuner: _without_memory(SFT(path, tuner()), 512)[0].weights for tuner in (Full, LoRA)}
+    cases: list[tuple[Any, str | None]] = [
+        (DPO(path, Full()), path),
+        (Distill(path, Full(), teacher=larger), larger),
+        (Distill(path, LoRA(), teacher=larger), larger),
+        (DPO(path, LoRA()), None),
+        (DPO(path, Full(), reference="cached"), None),
+        (Distill(path, LoRA(), teacher=larger, top_k=4), None),
+    ]
+    for method, beside in cases:
+        thought = _without_memory(method, 512)[0].weights - plain[type(method.tuner)]
+        assert (thought > 0) == (beside is not None)
+        if beside is not None:
+            real = type(method)(path, type(method.tuner)(), **({"teacher": larger} if beside == larger else {}))
+            assert thought == real.build("bf16-mixed").beside > 0
+
+
+def test_a_reward_model_is_planned_without_logits(tmp_path: Path) -> None:
+    path = str(save_tiny(tmp_path / "model", "llama"))
+    facts, _ = _without_memory(Reward(path, Full()), 512)
+    real = Reward(path, Full())
+    real.build("bf16-mixed")
+    assert facts.weights == sum(p.numel() * p.element_size() for p in real.net.parameters())
+    assert facts.targets == 1 and facts.fused
 
 
 def test_a_70b_model_is_planned_in_a_minute_and_2_gb(of_70b: Path) -> None:
