@@ -42,12 +42,13 @@ def browser() -> Iterator[Any]:
 class Page:
     """A page, and everything that went wrong or left the server on it."""
 
-    def __init__(self, browser: Any, url: str, width: int, scheme: str = "light") -> None:
+    def __init__(self, browser: Any, url: str, width: int, scheme: str = "light", script: str = "") -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 740}, color_scheme=scheme)
         self.problems: list[str] = []
         self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("request", lambda r: None if r.url.startswith((url, "data:")) else self.problems.append(r.url))
+        self.page.add_init_script(script)
         self.page.goto(url)
 
     def ask(self, text: str) -> None:
@@ -108,6 +109,16 @@ def test_the_answer_is_the_one_the_interface_gives(browser: Any, bundle: ChatMod
         whole = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).json()["choices"][0]["message"]
         assert view.page.locator(".assistant .text").first.evaluate("e => e.textContent") == whole["content"]
         assert view.problems == []
+
+
+def test_who_asks_before_the_page_knows_its_model_is_answered(browser: Any, bundle: ChatModel) -> None:
+    late = """const real = window.fetch, later = new Promise(go => setTimeout(go, 1500));
+      window.fetch = (url, ...more) => (url === "/v1/models" ? later : Promise.resolve()).then(() => real(url, ...more))"""
+    with served(bundle, max_tokens=8) as (_, url):
+        view = Page(browser, url, 800, script=late)
+        view.ask("why?")
+        view.page.get_by_text("cut at").wait_for()
+        assert view.problems == [] and view.page.locator(".user .text").count() == 1
 
 
 def test_stop_and_clear(browser: Any, bundle: ChatModel) -> None:
