@@ -113,7 +113,8 @@ def test_the_answer_is_the_one_the_interface_gives(browser: Any, bundle: ChatMod
 
 def test_who_asks_before_the_page_knows_its_model_is_answered(browser: Any, bundle: ChatModel) -> None:
     late = """const real = window.fetch, later = new Promise(go => setTimeout(go, 1500));
-      window.fetch = (url, ...more) => (url === "/v1/models" ? later : Promise.resolve()).then(() => real(url, ...more))"""
+      window.fetch = (url, ...more) => (url === "/v1/models" ? later : Promise.resolve())
+        .then(() => real(url, ...more))"""
     with served(bundle, max_tokens=8) as (_, url):
         view = Page(browser, url, 800, script=late)
         view.ask("why?")
