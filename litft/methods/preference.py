@@ -207,7 +207,8 @@ class Referenced(Preference):
             self.reference = self.reference or self.make_reference()
             return lambda batch: {"reference": self.reference_log_p(batch)}
 
-        key = [fingerprint(self.source), str(self.compute_dtype), getattr(self.tuner, "quant", None), self.prompts_too]
+        storage = getattr(self.tuner, "quant", None), self.tuner.trains_base  # which round otherwise in 16 bits
+        key = [fingerprint(self.source), str(self.compute_dtype), *storage, self.prompts_too]
         attach(data, self.run_device, key, lambda rows: np.full(len(rows), 2), compute, "reference")
         self.reference = None  # a frozen copy is memory that nothing needs any more
 
