@@ -77,7 +77,8 @@ def _built(name: str) -> Path:
     flags = ["-std=c++20", "-O3", "-march=native", *wide, "-fno-math-errno", "-fopenmp", "-fPIC", "-w"]
     # torch's own OpenMP: a second one would bring a second set of threads
     openmp = [str(path) for path in torch_root.glob("lib/libgomp*.so*")] or ["-fopenmp"]
-    parts = [source.read_text(), torch.__version__, str(compiler()), *sorted(cpu.flags()), *flags]
+    texts = [path.read_text() for path in (source, *sorted(FOLDER.glob("*.h")))]
+    parts = [*texts, torch.__version__, str(compiler()), *sorted(cpu.flags()), *flags]
     place = cache_dir() / "native" / f"{name}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:20]}.so"
     if place.exists():
         return place

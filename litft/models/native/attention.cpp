@@ -1,10 +1,8 @@
 // Causal attention over packed documents in bf16, forward and backward, in the manner of FlashAttention-2
 // (Dao 2023, arXiv:2307.08691): tiles of scores that stay in the cache of one core, the weights computed anew in the
-// backward pass from each query's log-sum-exp. The products are torch's own small ones (`brgemm`: AMX or AVX512-BF16,
-// fp32 sums), whose right-hand factor holds pairs of rows side by side.
+// backward pass from each query's log-sum-exp. The right-hand factor of a product holds pairs of rows side by side.
 
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,8 +12,7 @@
 #include <utility>
 #include <vector>
 
-using at::native::cpublas::brgemm;
-using half = at::BFloat16;
+#include "product.h"
 
 // One of q, k, v, ...: bf16 [heads, tokens, dim], the last dimension contiguous.
 struct Matrix {
@@ -32,6 +29,8 @@ struct Shape {
 };
 
 namespace {
+
+const Product product = find_product();
 
 constexpr int64_t kGrain = 32;              // sizes are rounded up to it: torch makes a kernel for every new size
 constexpr int64_t kRows = 128, kKeys = 256;  // a tile of scores
@@ -192,7 +191,7 @@ void for_each(const Shape& s, Body body) {
       const int64_t doc = task / s.kv_heads, start = s.bounds[doc];
       body(start, s.bounds[doc + 1] - start, task % s.kv_heads, scratch);
     }
-    at::native::cpublas::brgemm_release();
+    at::native::cpublas::brgemm_release();  // of a core's AMX, where that was used
   });
 }
 
@@ -239,7 +238,7 @@ struct BackwardScratch {
 
 }  // namespace
 
-extern "C" bool litft_attention_runs_here() { return at::native::cpublas::could_pack(at::kBFloat16); }
+extern "C" bool litft_attention_runs_here() { return product != nullptr; }
 
 // lse: log-sum-exp of each query's scores, [heads, tokens].
 extern "C" void litft_attention(
@@ -262,7 +261,7 @@ extern "C" void litft_attention(
         copy_rows(q->at(head, start + first), q->token, block.real, rows, dim, x.q.data());
         for (int64_t key = block.from; key < block.to; key += kKeys) {
           const int64_t count = std::min(kKeys, block.to - key);
-          brgemm(rows, count, dim, dim, keys, count, false, x.q.data(), halves(x.k_turned) + 2 * key, x.scores.data());
+          product(rows, count, dim, dim, keys, count, false, x.q.data(), halves(x.k_turned) + 2 * key, x.scores.data());
           for (int64_t r = 0; r < rows; ++r) {
             float* a = x.scores.data() + r * count;
             uint16_t* w = words(x.weights) + r * count;
@@ -291,7 +290,7 @@ extern "C" void litft_attention(
             total[r] += sum(all);
             top[r] = now;
           }
-          brgemm(
+          product(
               rows, value_dim, count, count, value_dim, value_dim, key > block.from, x.weights.data(),
               halves(x.v) + key * value_dim, x.sums.data());
         }
@@ -336,8 +335,8 @@ extern "C" void litft_attention_backward(
         }
         for (int64_t key = block.from; key < block.to; key += kKeys) {
           const int64_t count = std::min(kKeys, block.to - key);
-          brgemm(rows, count, dim, dim, keys, count, false, x.q.data(), halves(x.k_turned) + 2 * key, x.scores.data());
-          brgemm(
+          product(rows, count, dim, dim, keys, count, false, x.q.data(), halves(x.k_turned) + 2 * key, x.scores.data());
+          product(
               rows, count, value_dim, value_dim, keys, count, false, x.g.data(), halves(x.v_turned) + 2 * key,
               x.above.data());
           for (int64_t r = 0; r < rows; ++r) {  // scores become weights, gradients of weights those of scores
@@ -368,11 +367,11 @@ extern "C" void litft_attention_backward(
               store(row + j + count, __builtin_convertvector(odd, Shorts));
             }
           }
-          brgemm(
+          product(
               value_dim, count, rows, rows, count, keys, true, x.g_turned.data(), halves(x.weights),
               x.to_v.data() + key);
-          brgemm(dim, count, rows, rows, count, keys, true, x.q_turned.data(), halves(x.slopes), x.to_k.data() + key);
-          brgemm(
+          product(dim, count, rows, rows, count, keys, true, x.q_turned.data(), halves(x.slopes), x.to_k.data() + key);
+          product(
               rows, dim, count, count, dim, dim, key > block.from, x.slope_rows.data(), halves(x.k) + key * dim,
               x.to_q.data());
         }
