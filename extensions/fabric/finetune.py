@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> list[float]:
         for step in fabric.setup_dataloaders(data.train_dataloader(epoch, 0), use_distributed_sampler=False):
             seed_step(step["seed"])
             with fabric.autocast():
-                method.module.begin_step(step["micro_batches"])
+                method.module.begin_step(step)
             total = torch.zeros((), device=fabric.device)
             for index, batch in enumerate(step["micro_batches"]):
                 with fabric.no_backward_sync(method, enabled=index < len(step["micro_batches"]) - 1):

@@ -88,3 +88,20 @@ def pad_documents(documents: Sequence[Document], denominator: float, pad_id: int
         "target_rows": torch.from_numpy(rows[targets]),
         "target_columns": torch.from_numpy(target_columns),
     }
+
+
+def documents_of(batch: Batch, count: int) -> list[Document]:
+    """The first `count` documents of a micro-batch, as they went into it."""
+    lengths = batch["cu_seqlens"].diff().cpu().numpy()
+    if "attention_mask" in batch:
+        width = batch["input_ids"].shape[1]
+        ids = batch["input_ids"].flatten()[batch["real_positions"]].cpu().numpy()
+        targets = batch["target_rows"] * width + batch["kept_columns"][batch["target_columns"]] + 1
+        place = {position: i for i, position in enumerate(batch["real_positions"].tolist())}
+        at = [place[target] for target in targets.tolist()]
+    else:
+        ids, at = batch["input_ids"][0].cpu().numpy(), (batch["target_positions"] + 1).tolist()
+    trained = np.zeros(len(ids), bool)
+    trained[at] = True
+    ends = np.cumsum(lengths)[:count]
+    return [(ids[end - n : end], trained[end - n : end]) for end, n in zip(ends, lengths, strict=False)]

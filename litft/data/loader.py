@@ -20,7 +20,8 @@ from litft.data.batch import Batch, Document, pack_documents, pad_documents
 SLOTS = 64
 """Packed rows are filled up to a multiple of this: the matrix libraries make a kernel for every new length."""
 Step = dict[str, Any]
-"""`micro_batches` and `seed` (this rank's), and over all ranks: `tokens`, `trained`, `rows` (ids of the rows in it)."""
+"""`micro_batches` and `seed` of this `rank`; and of all `ranks`: `tokens`, `trained`, `rows` (ids of the rows in it),
+`step_seed`."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,15 @@ class Steps(Dataset):
             "tokens": int(self.lengths[rows].sum()),
             "trained": trained,
             "rows": rows.tolist(),
-            "seed": int(np.random.SeedSequence((*self.seed, index, self.rank)).generate_state(1, np.uint64)[0] >> 1),
+            "seed": _seed(*self.seed, index, self.rank),
+            "step_seed": _seed(*self.seed, index),
+            "rank": self.rank,
+            "ranks": len(shares),
         }
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class MicroBatches(Dataset):

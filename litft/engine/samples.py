@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from litft.data.conversation import Conversation
 from litft.errors import UserError
 from litft.methods.base import Method
-from litft.models.compiled import eager
-from litft.models.shard import root_gathered
 
 
 class Samples(Callback):
@@ -91,41 +87,11 @@ def answer(method: Method, questions: Sequence[Conversation], max_new_tokens: in
         questions: conversations that end before an answer.
         max_new_tokens: longest answer in tokens.
     """
-    from litft.data.template import ChatEncoder
-    from litft.export.final import control_ids, generation_settings
     from litft.infer.generate import generate
-    from litft.infer.load import ChatModel
+    from litft.infer.live import answering
 
-    model = method.net.model
-    encoder = ChatEncoder(method.tokenizer) if method.tokenizer.chat_template else None
-    stops = control_ids(method.tokenizer, encoder.stop_ids) if encoder else set()
-    settings = generation_settings(model.generation_config, method.tokenizer, stops)
-    bundle = ChatModel(model, method.tokenizer, settings, set(settings.eos_token_id or ()), encoder)
-    device = method.run_device if getattr(method, "parallel", None) else next(model.parameters()).device
-    half = getattr(method, "compute_dtype", None)
-    with (
-        eager(),
-        _answering(model),
-        root_gathered(method.net),
-        torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None),
-    ):
+    with answering(method) as bundle:
         return generate(bundle, questions, max_new_tokens=max_new_tokens, temperature=0)
-
-
-@contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Evaluation mode, a cache and an attention that takes one; restored on exit."""
-    implementation, modes = model.config._attn_implementation, {m: m.training for m in model.modules()}
-    model.eval()
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    model.config.use_cache = True
-    try:
-        yield
-    finally:
-        model.config.use_cache = False
-        model.set_attn_implementation(implementation)
-        for module, training in modes.items():
-            module.training = training
 
 
 def last_user(question: Conversation) -> str:

@@ -312,8 +312,9 @@ class Method(Validated):
             for parameter, state in self.optimizers(use_pl_optimizer=False).state.items():  # type: ignore[union-attr]
                 state.update({k: v.to(parameter.device) for k, v in state.items() if isinstance(v, Tensor)})
 
-    def begin_step(self, batches: list[Batch]) -> None:
+    def begin_step(self, step: Step) -> None:
         """Tell a step's micro-batches what their losses have to know of each other; what a Fabric script calls."""
+        batches = step["micro_batches"]
         self.measures = Measures()
         if (ahead := self.look_ahead(batches)) is not None:
             for batch, known in zip(batches, ahead, strict=True):
@@ -334,7 +335,7 @@ class Method(Validated):
         def backward() -> None:
             seed_step(step["seed"])
             optimizer.zero_grad()
-            self.begin_step(step["micro_batches"])
+            self.begin_step(step)
             last = len(step["micro_batches"]) - 1
             for index, batch in enumerate(step["micro_batches"]):
                 with self._gradient_sync(index == last):

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from litft.data.batch import Batch
+from litft.data.loader import Step
 from litft.errors import UserError
 from litft.losses.distillation import Divergence, divergence, linear_loss, with_rest
 from litft.methods.base import Method
+from litft.methods.on_policy import with_own_answers
 from litft.methods.reference import frozen
 from litft.methods.sft import SFT
 from litft.models.head import Head
@@ -32,6 +34,10 @@ class Distill(SFT):
             and all others as one; the teacher's memory is then free.
         teacher_quant: store the teacher's linear layers in nf4 or int8.
         offload_teacher: keep the teacher's layers in the host's memory, beside a GPU.
+        on_policy: share of the rows whose last answer the student samples itself in each step, and the teacher judges,
+            without cross-entropy (Agarwal et al. 2023, lambda of their algorithm 1).
+        answer_temperature: of the student's own answers.
+        max_new_tokens: longest answer of its own.
         options: of `SFT`.
     """
 
@@ -49,6 +55,9 @@ class Distill(SFT):
         top_k: int | None = None,
         teacher_quant: Literal["nf4", "int8"] | None = None,
         offload_teacher: bool = False,
+        on_policy: float = 0.0,
+        answer_temperature: float = 1.0,
+        max_new_tokens: int = 256,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
@@ -60,6 +69,13 @@ class Distill(SFT):
             raise UserError(f"--model.top_k {top_k}: at least 1")
         if self.label_smoothing:
             raise UserError("--model.label_smoothing: the teacher's distribution is what takes the place of labels")
+        if not 0 <= on_policy <= 1 or answer_temperature < 0 or max_new_tokens < 1:
+            raise UserError("--model.on_policy from 0 to 1, answer_temperature at least 0, max_new_tokens at least 1")
+        if on_policy and top_k is not None:
+            raise UserError("--model.top_k: what the student will answer can't be asked ahead\nmend: leave it out")
+        if on_policy and self.step_in_backward:
+            raise UserError("--model.step_in_backward: not with on_policy, whose steps may need several micro-batches")
+        self.on_policy, self.answer_temperature, self.max_new_tokens = on_policy, answer_temperature, max_new_tokens
         self.teacher_path, self.kind, self.share, self.temperature = str(teacher), loss_type, share, temperature
         self.ce_share, self.top_k = ce_share, top_k
         self.teacher_quant, self.offload_teacher = teacher_quant, offload_teacher
@@ -130,6 +146,13 @@ class Distill(SFT):
     def _log_p(self, logits: Tensor) -> Tensor:
         return torch.log_softmax(logits / self.temperature, -1)
 
+    def begin_step(self, step: Step) -> None:
+        """Let the student answer where it is to be judged by its own answers."""
+        if self.on_policy:
+            options = self.on_policy, self.answer_temperature, self.max_new_tokens
+            step["micro_batches"] = with_own_answers(self, step, *options)
+        super().begin_step(step)
+
     # ---- the loss
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -166,6 +189,9 @@ class Distill(SFT):
         self, batch: Batch, head: Head | None, last: Tensor, teacher_head: Head | None, teacher_last: Tensor
     ) -> Tensor:
         assert head is not None
+        ce_share = last.new_full((len(batch["target_ids"]),), self.ce_share, dtype=torch.float32)
+        if "own" in batch:
+            ce_share = ce_share.masked_fill(batch["own"], 0.0)  # its own answers are no labels
         ce_sum, kd_sum = (torch.zeros((), device=last.device) for _ in range(2))
 
         def of_rows(rows: slice, logits: Tensor) -> Tensor:
@@ -182,7 +208,7 @@ class Distill(SFT):
                 student, teacher = self._log_p(logits[:, :shared]), self._log_p(theirs[:, :shared])
             kd = divergence(student, teacher, self.kind, self.share) * self.temperature**2
             ce_sum, kd_sum = ce_sum + ce.detach().sum(), kd_sum + kd.detach().sum()
-            return self.ce_share * ce + (1 - self.ce_share) * kd
+            return ce_share[rows] * ce + (1 - ce_share[rows]) * kd
 
         module: Any = head.module
         with torch.enable_grad() if last.requires_grad else torch.no_grad():

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "simpo": {"kind": "SimPO"},
     "reward": {"kind": "Reward", "method": {"centring": 0.01}},
     "distill": {"kind": "Distill", "method": {"ce_share": 0.3, "loss_type": "reverse_kl"}},
+    "distill, own answers": {"kind": "Distill", "method": {"on_policy": 0.5, "ce_share": 0.3, "max_new_tokens": 20}},
     "distill, top_k": {"kind": "Distill", "method": {"top_k": 16}},
 }
 TUNERS: dict[str, Any] = {
@@ -56,6 +57,7 @@ PLAIN = [
     *(("kto", "lora", "fsdp"), ("orpo, prompts too", "full", "fsdp"), ("simpo", "qlora", "ddp")),
     *(("dpo, following", "full", "ddp"), ("cpo", "lora", "ddp")),
     *(("dpo, sorted", "full", FEW), ("kto", "lora", FEW), ("orpo, prompts too", "lora", FEW)),
+    ("distill, own answers", "lora", "ddp"),
     *(("dpo, cached", "lora", "ddp"), ("dpo, cached", "full", FEW)),
 ]
 PLAIN += [("dpo, sorted", "full", "tensor"), ("kto", "lora", "context"), ("orpo, prompts too", "lora", "context")]
@@ -222,6 +224,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "dpo, continued, cached": {"method": litft.DPO, "tuner": "lora", "reference": "cached"},
     "kto, lora": {"method": litft.KTO, "tuner": "lora"},
     "orpo, qlora": {"method": litft.ORPO, "tuner": "qlora"},
+    "distill, own answers": {"method": litft.Distill, "tuner": "lora", "on_policy": 0.5, "max_new_tokens": 20},
 }
 STEPS: dict[str, Any] = {"steps": 6, "tokens_per_step": 400, "tokens_per_batch": 150, "val_every": 2, "lr": 1e-3}
 
@@ -242,7 +245,8 @@ def test_f1_interrupted_is_straight(
     cache = tmp_path / "cache"
     monkeypatch.setenv("LITFT_CACHE", str(cache))
     model = adapter if "continued" in case else Path(common["model"])
-    data = common["rows"]["labelled" if "kto" in case else "pairs"]
+    data = common["rows"][options["method"].rows]
+    options |= {"teacher": common["teacher"]} if "distill" in case else {}
     start(tmp_path / "straight", model, data, **options)
     start(tmp_path / "stopped", model, data, stop_at=3, how="signal within", **options)
     assert last(tmp_path / "stopped")["global_step"] == 3
