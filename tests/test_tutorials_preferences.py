@@ -26,7 +26,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def test_every_command_of_the_page(shell: Shell) -> None:
     """In one process each, as long as the page has them in that order."""
     commands = [line for block in blocks("bash", "preferences") for line in block.strip().splitlines()]
-    assert len(commands) == 11
+    assert len(commands) == 13
     for command in commands:
         code, said = shell.run(command)
         assert code == 0, f"{command}\n{said}"

@@ -60,7 +60,9 @@ def main(argv: list[str]) -> int:
         from litft.export.out import new_output
         from litft.models.resolve import resolve
 
-        source = resolve(args.FOLDER, trust_remote_code=args.trust_remote_code)
+        source = resolve(
+            args.FOLDER, trust_remote_code=args.trust_remote_code, scores=None if args.to == "hf" else False
+        )
         out = new_output(args.out, source)
         module, _, name = target.function.partition(":")
         export = getattr(importlib.import_module(module), name)

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         from litft.export.out import new_output
         from litft.models.resolve import resolve
 
-        source = resolve(args.FOLDER, trust_remote_code=args.trust_remote_code)
+        source = resolve(args.FOLDER, trust_remote_code=args.trust_remote_code, scores=None)
         check_mergeable(source)
         out = new_output(args.out, source)
     with progress("merging", None, "steps") as advance:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from litft.errors import Failed, UserError
-from litft.export.card import derived_card
+from litft.export.card import derived_card, gives_scores
 from litft.export.final import (
     clean_tokenizer,
     generation_settings,
     new_folder,
     own_settings,
+    padding_token,
     save_text_files,
     template_stops,
 )
@@ -145,7 +146,7 @@ def write_model(
     target: Any = dtype or as_stored
     code: Any = {"trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(source, **code)
-    weights = merged_weights(source, tokenizer, **code)
+    weights = None if gives_scores(source.adapter or source.folder) else merged_weights(source, tokenizer, **code)
     check_disk(source, out, target)
     with new_folder(out) as new:
         if weights is None:
@@ -214,7 +215,8 @@ def _write_whole(
 
     pissa = source.adapter is not None and tuner_options(source.adapter)["init"] == "pissa"
     as_it_is = dtype == stored and not pissa  # whose start comes out of the weights in fp32
-    model = load_model(source, dtype=dtype if as_it_is else torch.float32, **code)
+    scores = gives_scores(source.adapter or source.folder)
+    model = load_model(source, dtype=dtype if as_it_is else torch.float32, scores=scores, **code)
     if source.adapter is not None:
         grow(model, tokenizer)
         merge_adapter(model, source.adapter)
@@ -241,11 +243,16 @@ def write_settings(
         folder: where to.
     """
     stops = template_stops(tokenizer)
-    generation = generation_settings(own_settings(source, config), tokenizer, stops)
+    generation = None
     if dtype is not None:
         config.dtype = dtype
     config.use_cache = config.get_text_config().use_cache = True
-    config.eos_token_id = generation.eos_token_id
+    if not gives_scores(source.adapter or source.folder):
+        generation = generation_settings(own_settings(source, config), tokenizer, stops)
+        config.eos_token_id = generation.eos_token_id
+    elif source.adapter is not None:
+        tokenizer.pad_token = padding_token(tokenizer, stops)
+        config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
     save_text_files(clean_tokenizer(tokenizer, stops), generation, folder, partial(derived_card, source))
 

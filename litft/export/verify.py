@@ -46,7 +46,7 @@ class Check:
         difference: largest difference of fp32 logits between the folder, and base and adapter apart from each other
             (their sum rounded as the folder's weights are).
         rounding: largest difference of fp32 logits that rounding the weights made; 0 where nothing was rounded.
-        divergence: what rounding did to the predictions, as KL divergence in nats a token.
+        divergence: what rounding did to the predictions, as KL divergence in nats a token; None for scores.
         weights: number of weights compared one by one, where the model was too large for logits.
         modules: number of adapted layers compared one by one then.
     """
@@ -54,7 +54,7 @@ class Check:
     tokens: int = 0
     difference: float = 0.0
     rounding: float = 0.0
-    divergence: float = 0.0
+    divergence: float | None = 0.0
     weights: int = 0
     modules: int = 0
 
@@ -69,10 +69,9 @@ class Check:
         apart = f"within {self.difference:.1g}" if self.difference else "bit for bit"
         said = [f"checked: read again by transformers, its fp32 logits at {self.tokens} tokens are the model's {apart}"]
         if self.rounding:
-            said.append(
-                f"rounding the weights to 16 bits moved logits by at most {self.rounding:.2g},"
-                f" predictions by {self.divergence:.1g} nats a token (KL); --dtype fp32 rounds nothing"
-            )
+            predictions = "" if self.divergence is None else f", predictions by {self.divergence:.1g} nats a token (KL)"
+            moved = f"rounding the weights to 16 bits moved logits by at most {self.rounding:.2g}{predictions}"
+            said.append(f"{moved}; --dtype fp32 rounds nothing")
         return said
 
 
@@ -108,15 +107,17 @@ def verify(
     Raises:
         Failed: the answers differ.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from litft.export.card import gives_scores
     from litft.models.load import grow, load_model
     from litft.tuners import LoRA
 
     code: Any = {"trust_remote_code": trust_remote_code}
     if not fits(folder):
         return Check() if weights is None else _one_by_one(weights, folder, dtype)
-    model = load_model(source, dtype=torch.float32, **code).eval()
+    scores = gives_scores(source.adapter or source.folder)
+    model = load_model(source, dtype=torch.float32, scores=scores, **code).eval()
     lora = None
     if source.adapter is not None:
         grow(model, tokenizer)
@@ -139,14 +140,18 @@ def verify(
     progress(1)
     del model
     with quiet():
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **code)
+        kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        again = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **code)
     found = _answers(again.eval(), batches)
     progress(1)
     difference = _compare(expected if dtype != torch.float32 else live, found, "what was written")
     if dtype == torch.float32:
         return Check(len(live), difference)
+    rounding = (live - expected).abs().max().item()
+    if scores:
+        return Check(len(live), difference, rounding, divergence=None)
     divergence = F.kl_div(expected.log_softmax(-1), live.log_softmax(-1), reduction="sum", log_target=True)
-    return Check(len(live), difference, (live - expected).abs().max().item(), divergence.item() / len(live))
+    return Check(len(live), difference, rounding, divergence.item() / len(live))
 
 
 def fits(folder: Path) -> bool:
@@ -193,7 +198,10 @@ def probes(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Tensor]:
 
 
 def _answers(model: Any, batches: list[Tensor]) -> Tensor:
-    """Logits at every position of every batch, fp32 [tokens, vocabulary]."""
+    """Logits (or scores) at every position of every batch, fp32 [tokens, vocabulary (or 1)]."""
+    if hasattr(model, "score"):
+        backbone = getattr(model, model.base_model_prefix)
+        return torch.cat([model.score(backbone(ids, use_cache=False).last_hidden_state)[0].float() for ids in batches])
     return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float() for ids in batches])
 
 

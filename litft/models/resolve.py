@@ -67,7 +67,7 @@ def resolve(
     offline: bool = False,
     trust_remote_code: bool = False,
     quantised: bool = False,
-    scores: bool = False,
+    scores: bool | None = False,
 ) -> ModelSource:
     """Find the model that `name` means, and fetch it if it is not here.
 
@@ -78,7 +78,7 @@ def resolve(
         weights: False fetches and asks for the tokenizer and configuration only.
         offline: take hub models from the local cache only (as `HF_HUB_OFFLINE=1` does).
         trust_remote_code: let the model bring Python code of its own.
-        scores: the model is to give numbers: it may have a score head, or be given one.
+        scores: the model is to give numbers: it may have a score head, or be given one; None takes both kinds.
         quantised: take a model that is stored quantised as well: it can answer, and not be trained or merged into.
 
     Returns:
@@ -118,7 +118,14 @@ def resolve(
 
 
 def _from_folder(
-    name: str, folder: Path, *, weights: bool, offline: bool, trust_remote_code: bool, quantised: bool, scores: bool
+    name: str,
+    folder: Path,
+    *,
+    weights: bool,
+    offline: bool,
+    trust_remote_code: bool,
+    quantised: bool,
+    scores: bool | None,
 ) -> ModelSource:
     folder = enter(folder)
     options: dict[str, Any] = {"weights": weights, "offline": offline, "trust_remote_code": trust_remote_code}
@@ -174,7 +181,7 @@ def _from_adapter(name: str, adapter: Path, **options: Any) -> ModelSource:
             f"{adapter / 'adapter_config.json'} does not say which model it adapts\n"
             "set base_model_name_or_path in it to a folder or a hub id"
         )
-    if config.get("task_type") == "SEQ_CLS" and not options["scores"]:
+    if config.get("task_type") == "SEQ_CLS" and options["scores"] is False:
         raise UserError(f"{adapter} is a reward model, which gives numbers, not text\nmend: litft score {name}")
     try:
         source = _resolve_base(base, revision, adapter, **options | {"quantised": False})  # merged into, then
@@ -210,7 +217,7 @@ def cached_id(folder: str | Path) -> tuple[str, str] | None:
 
 
 def check_architecture(
-    folder: Path, *, trust_remote_code: bool = False, quantised: bool = False, scores: bool = False
+    folder: Path, *, trust_remote_code: bool = False, quantised: bool = False, scores: bool | None = False
 ) -> None:
     """Refuse what litft can't train (with `quantised`: run), from config.json alone: nothing is loaded, no code is run.
 
@@ -245,10 +252,10 @@ def check_architecture(
             "update transformers, if a newer one does; else choose another model"
         )
     known = {name for value in CAUSAL.values() for name in ([value] if isinstance(value, str) else value)}
-    if scores:
-        if kind not in SCORES:
-            raise UserError(f"{folder}: transformers has no {kind} with a score head\nmend: another base model")
-        known.add(SCORES[str(kind)])
+    if scores and kind not in SCORES:
+        raise UserError(f"{folder}: transformers has no {kind} with a score head\nmend: another base model")
+    if scores is not False:
+        known.add(SCORES.get(str(kind), ""))
     elif SCORES.get(str(kind)) in names and len(config.get("id2label") or ()) == 1:
         raise UserError(f"{folder} is a reward model, which gives numbers, not text\nmend: litft score {folder}")
     if kind not in CAUSAL or (names and not known.intersection(names)):

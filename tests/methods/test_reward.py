@@ -98,6 +98,36 @@ def test_an_adapter_scores_the_same_in_peft(model: Path, pairs: Path, tmp_path: 
         assert value == pytest.approx(float(found), abs=1e-5)
 
 
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_an_adapter_leaves_as_a_model_that_transformers_scores_with(
+    command: str, model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from litft.cli.main import main
+
+    rewarded(model, pairs, litft.LoRA(r=4), trainer={"max_steps": 3}).method.save(tmp_path / "saved")
+    asked = [command, str(tmp_path / "saved"), "--out", str(tmp_path / "out"), "--dtype", "fp32"]
+    assert main([*asked, "--to", "hf"] if command == "export" else asked) == 0
+    assert "checked: read again by transformers" in capsys.readouterr().out
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.num_labels == 1 and not (tmp_path / "out" / "generation_config.json").exists()
+    assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    written = texts(tokenizer, pairs, "chosen")
+    with torch.no_grad():
+        found = theirs(**tokenizer(written, return_tensors="pt", padding=True, add_special_tokens=False)).logits[:, 0]
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    chats = [to_conversation({"messages": row["prompt"] + row["chosen"]}) for row in rows]
+    mine = {name: score(load_scorer(tmp_path / name, device="cpu"), chats) for name in ("saved", "out")}
+    assert mine["saved"] == pytest.approx(found.tolist(), abs=1e-5)
+    assert mine["out"] == pytest.approx(found.tolist(), abs=1e-5)
+    for other in (
+        ["export", str(tmp_path / "out"), "--to", "gguf"],
+        ["export", str(tmp_path / "saved"), "--to", "vllm"],
+    ):
+        assert main([*other, "--out", str(tmp_path / "no")]) == 2
+        assert "litft score" in capsys.readouterr().err
+
+
 def test_another_cut_is_the_same_training(model: Path, pairs: Path) -> None:
     whole = rewarded(model, pairs)
     assert len(whole.losses) > 2
