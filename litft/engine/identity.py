@@ -11,7 +11,7 @@ from typing import Any
 from litft.engine.schedules import schedule
 from litft.errors import UserError
 
-PARTS = ("data", "tokenizer", "template", "model", "tuner")
+PARTS = ("data", "tokenizer", "template", "model", "method", "tuner")
 """What `--allow_changed` can name."""
 SCHEDULE = ("total_steps", "lr", "min_lr", "schedule_name", "warmup")
 DIGITS = 12  # of a fingerprint, in what people read
@@ -27,6 +27,7 @@ def of(method: Any, data: Any) -> dict[str, str]:
     from litft.models.load import fingerprint, tokenizer_fingerprint
 
     tuner = method.tuner
+    loss = {name: getattr(method, name) for name in method.loss_settings}
     options = {name: getattr(tuner, name, None) for name in inspect.signature(type(tuner).__init__).parameters}
     return {
         "data": data.fingerprint[:DIGITS],
@@ -34,7 +35,8 @@ def of(method: Any, data: Any) -> dict[str, str]:
         "tokenizer": tokenizer_fingerprint(method.tokenizer, template=False)[:DIGITS],
         "template": _hash(method.tokenizer.chat_template),
         "model": fingerprint(method.source)[:DIGITS],
-        "tuner": _hash([type(method).__name__, type(tuner).__name__, options]),
+        "method": _hash([type(method).__name__, loss]),
+        "tuner": _hash([type(tuner).__name__, options]),
     }
 
 

@@ -90,6 +90,8 @@ class Method(Validated):
     """Whether the loss weighs all trained tokens of a micro-batch alike, for which gradients come cheaper."""
     scores: ClassVar[bool] = False
     """Whether the model gives a number, in the place of the next token."""
+    loss_settings: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes that decide what the loss is; a run is gone on with by the same values only."""
     measured: ClassVar[tuple[str, ...]] = ()
     """Names of the figures that are measured beside the loss."""
     lrs: ClassVar[tuple[float, float] | None] = None

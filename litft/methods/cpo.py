@@ -24,6 +24,7 @@ class Contrastive(Preference):
         options: of `Method`.
     """
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("beta", "nll_weight", "label_smoothing", "prompts_too")
     measured: ClassVar[tuple[str, ...]] = (*REWARDS, "nll_loss")
     defaults: ClassVar[tuple[float, float]]
     """Of beta and nll_weight."""
@@ -76,6 +77,8 @@ class CPO(Contrastive):
 
     defaults: ClassVar[tuple[float, float]] = (0.1, 1.0)
 
+    loss_settings: ClassVar[tuple[str, ...]] = (*Contrastive.loss_settings, "loss_type")
+
     def __init__(self, *args: Any, loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid", **options: Any) -> None:
         super().__init__(*args, **options)
         if loss_type != "sigmoid" and self.label_smoothing:
@@ -104,6 +107,8 @@ class SimPO(Contrastive):
     """
 
     defaults: ClassVar[tuple[float, float]] = (2.0, 0.0)
+
+    loss_settings: ClassVar[tuple[str, ...]] = (*Contrastive.loss_settings, "gamma")
 
     def __init__(self, *args: Any, gamma: float = 1.0, **options: Any) -> None:
         super().__init__(*args, **options)

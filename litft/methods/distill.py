@@ -42,6 +42,10 @@ class Distill(SFT):
     """
 
     dropout: ClassVar[bool] = False
+    loss_settings: ClassVar[tuple[str, ...]] = (
+        *("neftune", "teacher_path", "kind", "share", "temperature", "ce_share", "top_k", "teacher_quant"),
+        *("on_policy", "answer_temperature", "max_new_tokens"),
+    )
     measured: ClassVar[tuple[str, ...]] = ("ce", "divergence")
 
     def __init__(

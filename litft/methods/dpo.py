@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class DPO(Referenced):
         discopop_tau: temperature of discopop.
         options: of `Referenced` and `Method`.
     """
+
+    loss_settings: ClassVar[tuple[str, ...]] = (
+        *Referenced.loss_settings,
+        *("losses", "settings", "divergence", "f_alpha"),
+    )
 
     def __init__(
         self,

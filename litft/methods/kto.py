@@ -28,6 +28,7 @@ class KTO(Referenced):
     """
 
     rows: ClassVar[str] = "labelled"
+    loss_settings: ClassVar[tuple[str, ...]] = (*Referenced.loss_settings, "beta", "weights")
     measured: ClassVar[tuple[str, ...]] = (*(name for name in REWARDS if "accuracies" not in name), "kl")
 
     def __init__(

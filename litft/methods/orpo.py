@@ -22,6 +22,7 @@ class ORPO(Preference):
         options: of `Method`.
     """
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("beta", "prompts_too")
     measured: ClassVar[tuple[str, ...]] = (*REWARDS, "nll_loss", "log_odds_chosen", "log_odds_ratio")
     lrs: ClassVar[tuple[float, float] | None] = (5e-5, 8e-6)
 

@@ -134,6 +134,8 @@ class Referenced(Preference):
         options: of `Method`.
     """
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("sync_reference", "sync_share")
+
     def __init__(
         self,
         *args: Any,

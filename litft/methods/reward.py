@@ -23,6 +23,7 @@ class Reward(Preference):
         options: of `Method`.
     """
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("centring",)
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "mean_reward")
     lrs: ClassVar[tuple[float, float] | None] = (1e-4, 1e-5)
     scores: ClassVar[bool] = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class SFT(Method):
         label_smoothing: share of each target's probability that is spread over all tokens in training.
         options: of `Method`.
     """
+
+    loss_settings: ClassVar[tuple[str, ...]] = ("neftune", "label_smoothing")
 
     def __init__(self, *args: Any, neftune: float = 0.0, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(*args, **options)

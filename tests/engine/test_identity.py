@@ -59,6 +59,10 @@ def other_tuner(folder: Path, options: dict[str, Any]) -> None:
     options["tuner"] = "qlora"
 
 
+def other_loss(folder: Path, options: dict[str, Any]) -> None:
+    options["neftune"] = 5.0
+
+
 CHANGES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
     "rows": (other_data, "data"),
     "seed": (other_seed, "data"),
@@ -67,6 +71,7 @@ CHANGES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
     "template": (other_template, "template"),
     "weights": (other_model, "model"),
     "tuner": (other_tuner, "tuner"),
+    "loss": (other_loss, "method"),
 }
 
 
@@ -126,7 +131,9 @@ def test_what_happens_to_the_schedule_is_said(
 
 def test_the_words_of_allow_changed() -> None:
     assert parse_allowed(None) == [] and parse_allowed("data, model") == ["data", "model"]
-    with pytest.raises(UserError, match="--allow_changed weights: is none of data, tokenizer, template, model, tuner"):
+    with pytest.raises(
+        UserError, match="--allow_changed weights: is none of data, tokenizer, template, model, method, tuner"
+    ):
         parse_allowed("weights")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
+import litft
 from litft import DPO, SFT, Full, LoRA, QLoRA, Reward, UserError
 from litft.methods.refusals import TABLE, refuse
 from litft.models.mesh import Sizes
@@ -91,3 +92,50 @@ def test_weights_between_cut_layers_that_a_plan_leaves_out() -> None:
     plan = plan_of(model)
     with pytest.raises(UserError, match=r"says nothing of model\.layers\.0\.mlp\.act_fn"):
         _refuse_unplanned(model, plan, [name for name, style in plan.items() if style == "colwise"])
+
+
+def test_every_argument_of_a_method_is_part_of_what_a_run_goes_on_with(tmp_path: Path) -> None:
+    """But for those that say where or when something is computed."""
+    import inspect
+
+    from litft.engine.identity import of
+
+    free = {"reference", "offload_reference", "offload_teacher", "args", "options", "self"}
+    other: dict[str, Any] = {
+        "loss_type": {"DPO": "ipo", "CPO": "ipo", "Distill": "reverse_kl"},
+        **{
+            "loss_weights": [0.5],
+            "f_divergence": "js_divergence",
+            "f_alpha": 0.7,
+            "nll_on": "all",
+            "sync_reference": 3,
+        },
+        **{
+            "teacher": "other",
+            "top_k": 3,
+            "teacher_quant": "int8",
+            "max_new_tokens": 7,
+            "neftune": 3.0,
+            "nll_weight": 0.7,
+        },
+    }
+    needs: dict[str, dict[str, Any]] = {"nll_on": {"nll_weight": 1.0}, "sync_share": {"sync_reference": 2}}
+
+    class Data:
+        fingerprint = plan_fingerprint = ""
+
+    def identity(cls: Any, **options: Any) -> str:
+        made = cls(str(model), **({"teacher": "x"} if cls is litft.Distill else {}) | options)
+        return of(made, Data())["method"]
+
+    model = save_tiny(tmp_path / "model", "llama")
+    for cls in (litft.SFT, litft.DPO, litft.KTO, litft.ORPO, litft.CPO, litft.SimPO, litft.Reward, litft.Distill):
+        own = [c for c in cls.__mro__ if issubclass(c, litft.Method) and c is not litft.Method]
+        names = {n for c in own if "__init__" in vars(c) for n in inspect.signature(c.__init__).parameters} - free
+        if cls is litft.Distill:
+            names -= {"label_smoothing"}  # refused
+        for name in sorted(names):
+            value = other.get(name, 0.25)
+            value = value[cls.__name__] if isinstance(value, dict) else value
+            base = {k: v for k, v in needs.get(name, {}).items() if k in names}
+            assert identity(cls, **base) != identity(cls, **base, **{name: value}), (cls, name)
