@@ -114,9 +114,6 @@ def _of_all_rows(
         distributed.all_reduce(times)
         for values in found.values():  # each row is somebody's, or of a group's that shares its computing
             distributed.all_reduce(values)
-            values.div_(times.view(-1, *(1,) * (values.ndim - 1)), rounding_mode=_whole_numbers(values))
+            count = times.to(values.dtype).view(-1, *(1,) * (values.ndim - 1))
+            values.div_(count, rounding_mode=None if values.is_floating_point() else "floor")
     return {name: values.cpu().numpy() for name, values in found.items()}
-
-
-def _whole_numbers(values: Tensor) -> Any:
-    return None if values.is_floating_point() else "floor"
