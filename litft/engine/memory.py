@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from litft.engine.kept import Kept
+from litft.losses import distillation
 from litft.losses.linear_cross_entropy import BLOCK, CHUNK
 from litft.models.recompute import Offload, Recompute, recomputed
 
@@ -63,6 +64,8 @@ class Facts:
         several: whether a step has more than one.
         buckets: whether DDP keeps gradients a second time.
         fused: whether the loss goes without all logits at once.
+        distributions: how many distributions over the vocabulary it compares at each target; 0 where it looks at the
+            target's probability alone.
         experts: whether layers are mixtures of experts.
         compiled: whether the layers are compiled.
         trains_base: whether the model's own weights learn.
@@ -89,6 +92,7 @@ class Facts:
     several: bool
     buckets: bool
     fused: bool
+    distributions: int
     experts: bool
     compiled: bool
     trains_base: bool
@@ -163,6 +167,8 @@ COMPILED = 4 / 3
 LoRA, on a Llama-like layer); the rest is cheap and is computed again."""
 PLAIN_LOSS = 16.0
 """Bytes a logit where all are there at once: themselves, in fp32, their log-softmax, and gradients of these."""
+DISTRIBUTION = 22.0
+"""Bytes a logit for each distribution that is compared."""
 EXPERTS = 3.0
 """How many times what a layer of experts keeps its backward pass takes beside that, to sort tokens by expert and back
 (measured on a qwen3_moe)."""
@@ -204,6 +210,8 @@ def predict(measured: Kept, facts: Facts, choice: Choice) -> dict[str, float]:
     weights = min(facts.weights, facts.weights - facts.layer * (len(measured.layers) - 2)) if host else facts.weights
     head_gradient = (4.0 + 4.0 * facts.tied) * facts.head if facts.head_learns else 0.0
     logits = facts.item * min(float(facts.targets) * facts.vocabulary, BLOCK) + 12.0 * CHUNK.get(facts.device, 0)
+    if facts.distributions:
+        logits = facts.distributions * DISTRIBUTION * min(float(facts.targets) * facts.vocabulary, distillation.BLOCK)
     logits += facts.item * facts.head if facts.head_learns and facts.item < 4 else 0.0
     if not facts.fused:
         logits = PLAIN_LOSS * facts.targets * facts.vocabulary

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from litft.losses.linear_cross_entropy import Gradients
 
+BLOCK = 2**24
+"""Logits that a loss of any kind is given at a time: it may make some ten fp32 numbers of each."""
 Divergence = Literal["forward_kl", "reverse_kl", "symmetric_kl", "js_divergence"]
 RowLoss = Callable[[slice, Tensor], Tensor]
 """A slice of rows and their logits, fp32 [rows, vocabulary], to a loss of each."""
@@ -56,7 +58,7 @@ class _LinearLoss(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:3])
         found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
-            gradients = Gradients(ctx, hidden, weight, bias)
+            gradients = Gradients(ctx, hidden, weight, bias, BLOCK)
             for rows, logits in gradients.blocks():
                 real = slice(rows.start, min(rows.stop, len(hidden)))
                 raw = logits[: real.stop - real.start].detach().requires_grad_(wanted)

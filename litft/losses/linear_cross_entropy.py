@@ -109,8 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class Gradients:
     """The gradients of hidden states, matrix and bias, each where it is needed, gathered from blocks of rows."""
 
-    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.real = len(hidden)
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, block: int | None = None) -> None:
+        self.real, self.block = len(hidden), block or BLOCK
         self.count = -(-self.real // ROWS) * ROWS
         self.hidden = F.pad(hidden.to(ctx.dtype), (0, 0, 0, self.count - self.real))
         self.weight = weight.to(ctx.dtype)
@@ -131,7 +131,7 @@ class Gradients:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The logits [rows, vocabulary] of one block after another, in the same memory; the last rows may be empty."""
-        most = max(ROWS, BLOCK // len(self.weight) // ROWS * ROWS)
+        most = max(ROWS, self.block // len(self.weight) // ROWS * ROWS)
         blocks = -(-self.count // most)
         rows = -(-self.count // max(1, blocks) // ROWS) * ROWS  # of even size
         buffer = self.hidden.new_empty(rows, len(self.weight))

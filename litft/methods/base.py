@@ -178,6 +178,11 @@ class Method(Validated):
     # ---- the model
 
     @property
+    def distributions(self) -> int:
+        """How many distributions over the vocabulary the loss compares at each target, beyond the target's own number."""
+        return 0
+
+    @property
     def frozen_beside(self) -> list[str]:
         """Names of models that are kept beside the trained one, on the same devices: a reference, a teacher."""
         return []

@@ -96,6 +96,11 @@ class Distill(SFT):
         return self
 
     @property
+    def distributions(self) -> int:
+        """The student's and the teacher's."""
+        return 2
+
+    @property
     def frozen_beside(self) -> list[str]:
         """The teacher, unless it was asked ahead."""
         return [] if self.top_k is not None or self.offload_teacher else [self.teacher_path]

@@ -235,6 +235,7 @@ def facts_of(method: Method, batch: MicroBatch, device: torch.device) -> Facts:
         several=batch.several,
         buckets=ranks_of(method) > 1,
         fused=method.net.head is not None or method.scores,
+        distributions=method.distributions,
         experts=any(p.ndim > 2 for p in model.parameters()),
         compiled=wants_compiling(method, device),
         trains_base=method.tuner.trains_base,

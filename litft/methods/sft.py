@@ -38,6 +38,11 @@ class SFT(Method):
             raise UserError(f"--model.label_smoothing {label_smoothing}: at least 0 and below 1")
         self.neftune, self.label_smoothing = neftune, label_smoothing
 
+    @property
+    def distributions(self) -> int:
+        """Labels that are smoothed look at the model's."""
+        return int(self.label_smoothing > 0)
+
     def loss(self, batch: Batch) -> Tensor:
         """Share of the step's loss; a rank's shares are averaged over the ranks (see `litft.data.loader`)."""
         with self.noise(batch):

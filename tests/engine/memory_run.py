@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from lightning import Trainer, seed_everything
 
-from litft import SFT, ChatData, Full, LoRA, QLoRA
+from litft import ChatData, Full, LoRA, QLoRA
 from litft.cli.finetune import _quiet
 
 
@@ -26,13 +26,16 @@ def main(run: dict) -> None:
     """Three optimizer steps."""
     import litft.engine.run
     import litft.models.load
-    import litft.models.resolve  # noqa: F401
+    import litft.models.resolve
 
     _quiet()
     imported = peak()
     seed_everything(1, verbose=False)
     tuner = {"full": Full, "lora": LoRA, "qlora": QLoRA}[run["tuner"]]()
-    method = SFT(run["model"], tuner, **{"compile": "false", **run.get("method", {})})
+    options = {"compile": "false", **run.get("method", {})}
+    if run.get("kind") == "Distill":
+        options["teacher"] = run["model"]
+    method = getattr(litft, run.get("kind", "SFT"))(run["model"], tuner, **options)
     batch = run.get("batch", 4096)
     data = ChatData(run["data"], val_fraction=0.0, tokens_per_batch=batch, tokens_per_step=run.get("step", batch))
     trainer = Trainer(

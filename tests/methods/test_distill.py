@@ -59,7 +59,7 @@ def test_g8_divergences_of_three_tokens_by_hand() -> None:
 
 
 def test_a_loss_in_blocks_has_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litft.losses.linear_cross_entropy.BLOCK", 128 * 77)
+    monkeypatch.setattr("litft.losses.distillation.BLOCK", 128 * 77)
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(s, requires_grad=True) for s in ((300, 16), (77, 16), (77,)))
     theirs = torch.randn(300, 77).log_softmax(-1)
