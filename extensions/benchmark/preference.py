@@ -84,7 +84,7 @@ def by_litft(job: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(
         accelerator="cpu",
         max_steps=job["steps"] or -1,
-        max_epochs=1,
+        max_epochs=job["epochs"],
         precision=job.get("precision", "bf16-mixed"),
         callbacks=[Clock()],
         logger=False,
@@ -136,7 +136,7 @@ def by_trl(job: dict[str, Any]) -> dict[str, Any]:
         per_device_eval_batch_size=setting["batch"],
         gradient_accumulation_steps=max(1, job["rows_per_step"] // setting["batch"]),
         max_steps=job["steps"] or -1,
-        num_train_epochs=1,
+        num_train_epochs=job["epochs"],
         learning_rate=job["lr"],
         lr_scheduler_type="constant",
         precompute_ref_log_probs=setting["cached"],
@@ -197,6 +197,7 @@ def race(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     mean = sum(tokens[:some]) / len(tokens[:some])
     job = {"method": "dpo", "model": args.folder, "train": str(train), "val": None, "lr": 5e-6, "seed": 0}
     job |= {"steps": args.steps, "rows_per_step": args.rows, "tokens_per_step": int(args.rows * mean)}
+    job["epochs"] = 1
     report: dict[str, Any] = {"tokens of a pair": mean}
     for cached in (False, True):
         tried = []
@@ -231,7 +232,14 @@ def quality(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         parts = {name: str(folder / f"{name}.json") for name in cut}
         for name, some in cut.items():
             Path(parts[name]).write_text(json.dumps(some))
-    job = {"method": args.method, "model": args.folder, "steps": args.steps, "lr": args.lr, **parts}
+    job = {
+        "method": args.method,
+        "model": args.folder,
+        "steps": args.steps,
+        "lr": args.lr,
+        "epochs": args.epochs,
+        **parts,
+    }
     job |= {"rows_per_step": args.rows, "tokens_per_step": int(args.rows * mean) if mean > 1 else None}
     job["setting"] = {"dtype": "bf16", "batch": min(2, args.rows), "cached": False}
     table: dict[str, Any] = {}
@@ -257,6 +265,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=512, help="tokens of a document")
     parser.add_argument("--rows", type=int, default=4, help="pairs of a step")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=1, help="where --steps is 0")
     parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--held_out", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

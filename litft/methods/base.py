@@ -179,7 +179,7 @@ class Method(Validated):
 
     @property
     def distributions(self) -> int:
-        """How many distributions over the vocabulary the loss compares at each target, beyond the target's own number."""
+        """How many distributions over the vocabulary the loss compares at each target; 0 for a target's probability."""
         return 0
 
     @property
