@@ -2,6 +2,7 @@
 
     python -m extensions.benchmark.preference race --data pairs.json
     python -m extensions.benchmark.preference quality --data pairs.json --method dpo --arms litft,trl --seeds 0 1 2
+    python -m extensions.benchmark.preference quality --data labelled.json --method kto --seeds 0 1 2
 
 Each arm runs in a process of its own. In a race TRL takes the fastest of its settings, tried first; then the arms take
 turns A B B A over the same rows, and the first step of each is left out. Once the reference is asked in each step, and
@@ -50,6 +51,19 @@ def pairs(source: str, model: str, longest: int) -> tuple[list[dict[str, Any]], 
     return rows, tokens
 
 
+def labelled(source: str, model: str, longest: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """The labelled answers of a file that have at most so many tokens, and how many each has."""
+    from transformers import AutoTokenizer
+
+    from litft.models.resolve import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model).folder)
+    rows = json.loads(Path(source).read_text())
+    lengths = [len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows]
+    kept = [i for i, length in enumerate(lengths) if length <= longest]
+    return [rows[i] for i in kept], [lengths[i] for i in kept]
+
+
 # ---- the arms, each in a process of its own
 
 
@@ -93,10 +107,14 @@ def by_litft(job: dict[str, Any]) -> dict[str, Any]:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    before = None
+    if job["val"]:
+        trainer.validate(method, datamodule=data, verbose=False)
+        before = method.val_losses
     trainer.fit(method, datamodule=data)
     if job["val"]:
         trainer.validate(method, datamodule=data, verbose=False)
-    return found | {"held_out": getattr(method, "val_losses", None)}
+    return found | {"held_out": getattr(method, "val_losses", None), "before": before}
 
 
 def by_trl(job: dict[str, Any]) -> dict[str, Any]:
@@ -222,16 +240,13 @@ def race(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def quality(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Held-out figures of several seeds; the last `--held_out` rows are held out."""
-    if args.method == "kto":
-        parts = {"train": args.data, "val": args.val}
-        mean = 1.0
-    else:
-        rows, tokens = pairs(args.data, args.model, args.longest)
-        mean = sum(tokens) / len(tokens)
-        cut = {"train": rows[: -args.held_out], "val": rows[-args.held_out :]}
-        parts = {name: str(folder / f"{name}.json") for name in cut}
-        for name, some in cut.items():
-            Path(parts[name]).write_text(json.dumps(some))
+    rows, tokens = (labelled if args.method == "kto" else pairs)(args.data, args.model, args.longest)
+    mean = sum(tokens) / len(tokens)
+    cut = {"train": rows[: -args.held_out], "val": rows[-args.held_out :]}
+    parts = {name: str(folder / f"{name}.json") for name in cut}
+    for name, some in cut.items():
+        Path(parts[name]).write_text(json.dumps(some))
+    print(f"{len(cut['train'])} rows to train on, {len(cut['val'])} held out, {mean:.0f} tokens each", flush=True)
     job = {
         "method": args.method,
         "model": args.folder,
@@ -240,16 +255,17 @@ def quality(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "epochs": args.epochs,
         **parts,
     }
-    job |= {"rows_per_step": args.rows, "tokens_per_step": int(args.rows * mean) if mean > 1 else None}
+    job |= {"rows_per_step": args.rows, "tokens_per_step": int(args.rows * mean)}
     job["setting"] = {"dtype": "bf16", "batch": min(2, args.rows), "cached": False}
     table: dict[str, Any] = {}
     for arm in args.arms.split(","):
         table[arm] = []
         for seed in args.seeds:
-            found = run(arm, job | {"seed": seed})["held_out"]
-            table[arm].append(found)
-            shown = {name: round(value, 4) for name, value in found.items() if "logps" not in name}
-            print(f"{arm} seed {seed}: {shown}", flush=True)
+            found = run(arm, job | {"seed": seed})
+            table[arm].append({"seed": seed} | {k: found.get(k) for k in ("before", "held_out", "losses")})
+            for when in ("before", "held_out"):
+                shown = {k: round(v, 4) for k, v in (found.get(when) or {}).items() if "logps" not in k}
+                print(f"{arm} seed {seed} {when}: {shown}", flush=True)
     return table
 
 
@@ -258,7 +274,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["race", "quality", "arm"])
     parser.add_argument("--data")
-    parser.add_argument("--val", help="of kto")
     parser.add_argument("--method", default="dpo")
     parser.add_argument("--arms", default="litft")
     parser.add_argument("--model", default="smollm2-135m-instruct")
