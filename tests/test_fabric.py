@@ -78,23 +78,26 @@ def test_two_devices_give_the_same_losses(run, strategy):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo", "cpo", "reward", "distill"])
 def test_preference_methods_equal_the_command_lines(run, tmp_path, method):
     folder, _ = run
     rows = []
     for index, row in enumerate(chat_rows(30, 1)):
         *prompt, answer = row["messages"]
         pair = {"prompt": prompt, "chosen": [answer], "rejected": [{"role": "assistant", "content": "no " * 3}]}
-        rows.append(pair if method == "dpo" else row | {"label": index % 3 > 0})
+        plain = {"kto": row | {"label": index % 3 > 0}, "distill": row}
+        rows.append(plain.get(method, pair))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, data = str(folder / "model"), str(tmp_path / "rows.jsonl")
     limits = ["--trainer.max_steps", "4", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
     limits += ["--samples.count", "0", "--data.tokens_per_step", "300", "--trainer.log_every_n_steps", "1"]
     common = ["--data", data, "--model", model]
     rate = "0.01"  # at which a step is more than rounding
+    teacher = str(save_tiny(tmp_path / "teacher", "llama", seed=3)) if method == "distill" else ""
+    limits += ["--model.teacher", teacher] if teacher else []
     assert main(["finetune", method, *common, *limits, "--model.lr", rate, "--out", str(tmp_path / "cli")]) == 0
     own = ["--max_steps", "4", "--precision", "32-true", "--accelerator", "cpu", "--tokens_per_step", "300"]
-    args = [*common, *own, "--lr", rate, "--method", method, "--out", str(tmp_path / "fabric")]
+    args = [*common, *own, "--lr", rate, "--method", method, "--out", str(tmp_path / "fabric"), "--teacher", teacher]
     losses = SPACE["main"](SPACE["parse"](args))
     with open(tmp_path / "cli" / "metrics.csv") as file:
         theirs = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]

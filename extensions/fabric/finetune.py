@@ -35,7 +35,8 @@ def main(args: argparse.Namespace) -> list[float]:
     fabric.seed_everything(args.seed)
 
     kind = METHODS[args.method]
-    method = find(kind.method)(args.model, find(TUNERS[args.tuner])(), lr=args.lr)
+    taught = {"teacher": args.teacher} if args.method == "distill" else {}
+    method = find(kind.method)(args.model, find(TUNERS[args.tuner])(), lr=args.lr, **taught)
     data = find(kind.data)(args.data, tokens_per_step=args.tokens_per_step)
     with fabric.rank_zero_first():  # the first encodes, the others read its cache
         data.prepare(method, max_steps=args.max_steps, **data_ranks(fabric))
@@ -77,7 +78,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, nargs="+")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--method", default="lora", choices=set(METHODS) - {"distill"})  # lora is plain fine-tuning
+    parser.add_argument("--method", default="lora", choices=METHODS)  # lora is plain fine-tuning
+    parser.add_argument("--teacher", default="", help="of distill")
     parser.add_argument("--tuner", default="lora", choices=TUNERS)
     parser.add_argument("--out", default="fabric-out")
     parser.add_argument("--lr", type=float)

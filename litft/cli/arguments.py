@@ -21,12 +21,11 @@ NUMBERS = ("data.weights", "model.betas", "model.loss_weights")
 LISTS = (
     "data.train",
     *NUMBERS,
-    "model.loss_type",
     "samples.prompts",
     "model.tuner.modules_to_save",
     "model.tuner.target_parameters",
 )
-MANY = (*LISTS, "data.val", "model.tuner.targets")
+MANY = (*LISTS, "data.val", "model.loss_type", "model.tuner.targets")
 """Keys that take several values after one flag; those of `LISTS` are lists even with one."""
 
 

@@ -316,7 +316,7 @@ def _parse(words: list[str], command: str) -> Any:
                 "--allow_changed",
                 type=str | None,
                 default=None,
-                help="With --resume: what may have changed since, of data,tokenizer,template,model,tuner.",
+                help="With --resume: what may have changed since, of data,tokenizer,template,model,method,tuner.",
             )
             parser.add_argument(
                 "--plan.devices",

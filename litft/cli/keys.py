@@ -45,6 +45,7 @@ class Command:
 
 
 _REFERENCED = ("litft", "methods/preference.py", "Referenced")
+_FREE = ("litft", "methods/preference.py", "ReferenceFree")
 _CONTRASTIVE = ("litft", "methods/cpo.py", "Contrastive")
 
 
@@ -57,9 +58,9 @@ METHODS = {
     **dict.fromkeys(("full", "lora", "qlora"), Command(places=(_SFT,))),
     "distill": Command("litft.Distill", places=(("litft", "methods/distill.py", "Distill"), _SFT)),
     "dpo": _on_preferences("DPO", "methods/dpo.py", _REFERENCED),
-    "orpo": _on_preferences("ORPO", "methods/orpo.py"),
-    "simpo": _on_preferences("SimPO", "methods/cpo.py", _CONTRASTIVE),
-    "cpo": _on_preferences("CPO", "methods/cpo.py", _CONTRASTIVE),
+    "orpo": _on_preferences("ORPO", "methods/orpo.py", _FREE),
+    "simpo": _on_preferences("SimPO", "methods/cpo.py", _CONTRASTIVE, _FREE),
+    "cpo": _on_preferences("CPO", "methods/cpo.py", _CONTRASTIVE, _FREE),
     "reward": _on_preferences("Reward", "methods/reward.py"),
     "kto": _on_preferences("KTO", "methods/kto.py", _REFERENCED),
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,9 @@ from litft.data.loader import SLOTS, Make, Whole, make_batch
 from litft.data.preferences import to_labelled, to_pair
 from litft.data.selection import Selection
 from litft.errors import UserError
+
+SEARCHED = 64
+"""Rows of other steps that are looked at for one with another prompt."""
 
 
 class PreferenceData(ChatData):
@@ -47,8 +50,8 @@ class PreferenceData(ChatData):
 
     def maker(self, rows: Selection) -> Make:
         """What makes a micro-batch; beside the documents it has the numbers that the rows bring."""
-        make = functools.partial(_make, rows, self._planned().packing, self._pad_id, self.prompts_too)
-        return functools.partial(_with_mismatched, make, rows, self._pad_id) if self.kind == "labelled" else make
+        make = partial(_make, rows, self._planned().packing, self._pad_id, self.prompts_too)
+        return partial(_with_mismatched, make, rows, self._pad_id) if self.kind == "labelled" else make
 
     def held_out_prompts(self, count: int) -> list[Conversation]:
         """The beginnings, up to the answer, of some rows of the first validation set."""
@@ -88,12 +91,18 @@ def _make(rows: Selection, packing: bool, pad_id: int, prompts_too: bool, some: 
 def _with_mismatched(make: Make, rows: Selection, pad_id: int, some: np.ndarray, whole: Whole) -> Batch:
     """A micro-batch, and under `mismatched` one of the same prompts with the answers of other rows.
 
-    Of the rows of a step (or of a validation set), in the order of the file, each prompt gets the answer of the row
-    before it, whatever micro-batch or rank that is in; the only row of a step gets that of another step's.
+    Of the rows of a step (or of a validation set), in the order of the file, each prompt gets the answer of the nearest
+    row before it that has another prompt, whatever micro-batch or rank that is in; where a step has no other prompt,
+    that of another step's row.
     """
     batch = make(some, whole)
-    pairs = [(int(row), another(int(row), whole.ordered, len(rows))) for row in some]
-    documents = [mismatched(rows.read(row), rows.read(other), rows.max_length) for row, other in pairs]
+    documents = []
+    for row in map(int, some):
+        asked = rows.read(row)
+        others = partial(before, row, whole.ordered, len(rows))
+        fitting = (other for other in others() if _prompt(rows.read(other)) != _prompt(asked))
+        answered = rows.read(next(fitting, next(others(), row)))  # the nearest one where there is but one prompt
+        documents.append(mismatched(asked, answered, rows.max_length))
     if not documents:
         documents = [(np.zeros(8, np.int64), np.zeros(8, bool))]
     packing = "attention_mask" not in batch
@@ -101,17 +110,25 @@ def _with_mismatched(make: Make, rows: Selection, pad_id: int, some: np.ndarray,
     return batch | {"mismatched": made | {"rows": len(some)}}
 
 
-def another(row: int, ordered: np.ndarray, count: int) -> int:
-    """The row whose answer a row's prompt gets.
+def before(row: int, ordered: np.ndarray, count: int) -> Iterator[int]:
+    """The rows whose answers a row's prompt may get, in the order in which they are asked.
 
     Args:
         row: of a step.
         ordered: the step's rows, each once.
         count: of all rows.
+
+    Yields:
+        The other rows of the step, backwards and round; then some of all rows.
     """
-    if len(ordered) == 1:
-        return (row - 1) % count
-    return int(ordered[np.searchsorted(ordered, row) - 1])
+    at = int(np.searchsorted(ordered, row))
+    yield from (int(ordered[at - i]) for i in range(1, len(ordered)))
+    yield from ((row - i) % count for i in range(1, min(count, SEARCHED)))
+
+
+def _prompt(document: Document) -> bytes:
+    ids, trained = document
+    return np.ascontiguousarray(ids[: int(trained.argmax())]).tobytes()
 
 
 def mismatched(asked: Document, answered: Document, max_length: int) -> Document:

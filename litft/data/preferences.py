@@ -19,7 +19,7 @@ from typing import Any
 from litft.data.conversation import Conversation, Message
 from litft.data.messages import is_message, refuse_media, shown, text_of, to_messages, to_tools
 from litft.data.rows import convert_chat, located
-from litft.data.schemas import FOR, schema_of
+from litft.data.schemas import FOR, is_label, schema_of
 from litft.errors import DataError
 
 PROMPTS = ("prompt", "messages", "conversations", "instruction")
@@ -117,6 +117,9 @@ def _check_form(row: Any, wanted: str, keys: str) -> None:
     schema = schema_of(row)
     if schema == wanted:
         return
+    label = row.get("label") if wanted == "kto" and isinstance(row, dict) else None
+    if label is not None and not is_label(label):
+        raise DataError(f"label must be true or false, not {shown(label)}", mend="write true or false")
     if schema == "unknown":
         present = list(row) if isinstance(row, dict) else []
         missing = ", ".join(key for key in keys.split(", ") if key not in present) or keys

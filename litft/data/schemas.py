@@ -53,12 +53,12 @@ def schema_of(value: Any) -> str:
         return "unknown"
     keys = {key for key, item in value.items() if item is not None}
     chat = keys & {"messages", "conversations"} or keys >= {"prompt", "completion"}
-    if chat and _is_label(value.get("label")) and not keys >= {"chosen", "rejected"}:
+    if chat and is_label(value.get("label")) and not keys >= {"chosen", "rejected"}:
         return "kto"
     return next((name for name, required in REQUIRED.items() if keys.issuperset(required)), "unknown")
 
 
-def _is_label(value: Any) -> bool:
+def is_label(value: Any) -> bool:
     """True and false only, also as CSV spells them: other labels are somebody's notes."""
     return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
 

@@ -277,6 +277,7 @@ def _loading(folder: Path, base: Base | None, adapter: Mapping[str, Any] | None)
     imports = [f"from {package} import {loader}", "from transformers import AutoTokenizer"]
     chat = '[{"role": "user", "content": "Hello"}' + (', {"role": "assistant", "content": "Ahoy!"}]' if scores else "]")
     asked = ['inputs = tokenizer("Hello", return_tensors="pt")']
+    head = "num_labels=1, pad_token_id=tokenizer.pad_token_id, "  # which an adapter can't bring
     if chats:
         header = "" if scores else "add_generation_prompt=True, "
         asked = [
@@ -287,8 +288,8 @@ def _loading(folder: Path, base: Base | None, adapter: Mapping[str, Any] | None)
         *(imports if adapter else [f"from transformers import {loader}, AutoTokenizer"]),
         "",
         f"name = {HERE}",
-        f'model = {loader}.from_pretrained(name, {"num_labels=1, " if adapter and scores else ""}dtype="auto")',
         "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f'model = {loader}.from_pretrained(name, {head if adapter and scores else ""}dtype="auto")',
         *asked,
     ]
     if scores:

@@ -70,8 +70,7 @@ def load_scorer(
     if not learnt and not kind[0].endswith("ForSequenceClassification"):
         raise UserError(f"{name} gives text, not numbers\nmend: litft finetune reward makes a model that scores")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    options: Any = {"trust_remote_code": trust_remote_code, "attn_implementation": "sdpa", "scores": True}
-    model = load_model(source, dtype=dtype or torch.float32, **options)
+    model = load_model(source, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code, scores=True)
     if source.adapter is not None:
         grow(model, tokenizer)
         merge_adapter(model, source.adapter)
@@ -98,7 +97,7 @@ def score(
         A score for each, in their order.
 
     Raises:
-        DataError: a conversation that the chat template refuses.
+        DataError: a conversation that the chat template refuses, or that is longer than the model's context.
     """
     import numpy as np
     import torch
@@ -106,6 +105,12 @@ def score(
     from litft.data.batch import pad_documents
 
     encoded = [np.array(bundle.encoder(conversation).ids) for conversation in conversations]
+    limit = getattr(bundle.net.model.config.get_text_config(), "max_position_embeddings", None)
+    for ids, conversation in zip(encoded, conversations, strict=True):
+        if limit is not None and len(ids) > limit:
+            said = f"{len(ids):,} tokens are more than the model's context of {limit:,}"
+            mend = "shorten it, or leave such rows out"
+            raise DataError(said, file=conversation.file, line=conversation.line, mend=mend)
     found = [0.0] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     device = next(bundle.net.parameters()).device
@@ -179,10 +184,14 @@ def _read(data_file: str, bad_rows: str) -> tuple[list[tuple[Any, tuple[str, ...
             if row.error is not None:
                 raise row.error
             schema = schema_of(row.value)
+            names = ("chosen_score", "rejected_score") if schema == "preference" else ("score",)
+            if taken := [name for name in names if isinstance(row.value, dict) and name in row.value]:
+                mend = "rename the key, which is to hold the model's score"
+                raise DataError(f"the row has a {taken[0]} already", file=row.file, line=row.line, mend=mend)
             if schema == "preference":
                 pair = to_pair(row.value, row.file, row.line)
                 asked += [pair.chosen, pair.rejected]
-                rows.append((row.value, ("chosen_score", "rejected_score")))
+                rows.append((row.value, names))
                 continue
             labelled = schema == "kto"
             asked.append(
@@ -190,7 +199,7 @@ def _read(data_file: str, bad_rows: str) -> tuple[list[tuple[Any, tuple[str, ...
                 if labelled
                 else to_conversation(row.value, row.file, row.line)
             )
-            rows.append((row.value, ("score",)))
+            rows.append((row.value, names))
         except DataError:
             if bad_rows == "error":
                 raise

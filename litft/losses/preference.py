@@ -96,22 +96,22 @@ class Settings:
 
 def sigmoid(p: Pairs, s: Settings) -> Tensor:
     """DPO (Rafailov et al. 2023, eq. 7); smoothed labels give conservative DPO."""
-    return _smoothed(s.beta * p.delta, s)
+    return logistic(s.beta * p.delta, s.label_smoothing)
 
 
 def sigmoid_norm(p: Pairs, s: Settings) -> Tensor:
     """DPO with scores a token (Tulu 3, eq. 6)."""
-    return _smoothed(s.beta * p.mean_delta, s)
+    return logistic(s.beta * p.mean_delta, s.label_smoothing)
 
 
 def hinge(p: Pairs, s: Settings) -> Tensor:
     """SLiC's hinge (Zhao et al. 2023)."""
-    return torch.relu(1 - s.beta * p.delta)
+    return margin(s.beta * p.delta)
 
 
 def ipo(p: Pairs, s: Settings) -> Tensor:
     """IPO (Azar et al. 2023, eq. 17), with scores a token as its authors computed it."""
-    return (p.mean_delta - 1 / (2 * s.beta)) ** 2
+    return identity(p.mean_delta, s.beta)
 
 
 def robust(p: Pairs, s: Settings) -> Tensor:
@@ -163,20 +163,31 @@ def discopop(p: Pairs, s: Settings) -> Tensor:
 def aot(p: Pairs, s: Settings) -> Tensor:
     """AOT (Melnyk et al. 2024): the sorted log-ratios of a step's pairs against the reference's."""
     assert p.sorted_ is not None
-    return _smoothed(s.beta * (p.chosen - p.rejected - p.sorted_["aot"]), s)
+    return logistic(s.beta * (p.chosen - p.rejected - p.sorted_["aot"]), s.label_smoothing)
 
 
 def aot_unpaired(p: Pairs, s: Settings) -> Tensor:
     """AOT of all chosen answers of a step against all rejected ones, both sorted."""
     assert p.sorted_ is not None
-    chosen = _smoothed(s.beta * (p.chosen_ratio - p.sorted_["chosen"]), s)
-    rejected = _smoothed(s.beta * (p.sorted_["rejected"] - p.rejected_ratio), s)
+    chosen = logistic(s.beta * (p.chosen_ratio - p.sorted_["chosen"]), s.label_smoothing)
+    rejected = logistic(s.beta * (p.sorted_["rejected"] - p.rejected_ratio), s.label_smoothing)
     # each comparison is there twice, once with the gradient of either side: half of the value, all of the gradient
     return chosen + rejected - (chosen + rejected).detach() / 2
 
 
-def _smoothed(z: Tensor, s: Settings) -> Tensor:
-    return -logsigmoid(z) * (1 - s.label_smoothing) - logsigmoid(-z) * s.label_smoothing
+def logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid of a difference of rewards, of labels that are swapped with some probability."""
+    return -logsigmoid(z) * (1 - label_smoothing) - logsigmoid(-z) * label_smoothing
+
+
+def margin(z: Tensor) -> Tensor:
+    """By how much a difference of rewards falls short of 1."""
+    return torch.relu(1 - z)
+
+
+def identity(difference: Tensor, beta: float) -> Tensor:
+    """IPO's squared distance of a difference of log-ratios from where beta would have it."""
+    return (difference - 1 / (2 * beta)) ** 2
 
 
 LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {

@@ -52,7 +52,8 @@ class Method(Validated):
     Args:
         path: the model: a folder, an id on the hub, an adapter or a run to go on from, or `smollm2-135m-instruct`.
         tuner: which weights learn.
-        lr: learning rate; the method's and tuner's own by default (SFT: 2e-5 full, 2e-4 LoRA and QLoRA).
+        lr: learning rate; the method's and tuner's own by default (SFT and distill: 2e-5 full, 2e-4 with adapters;
+            ORPO 8e-6 and 5e-5, reward models 1e-5 and 1e-4, other preference methods 1e-6 and 5e-6).
         optimizer: adamw, adamw_8bit, paged_adamw_8bit, sgd, or a class path; `auto` is adamw, its moments in 8 bits
             where the run doesn't fit into memory otherwise.
         betas: decay rates of AdamW's moments.

@@ -56,6 +56,15 @@ def attach(
         rows.attached |= {name: Attached(values, offsets) for name, values in (found or {}).items()}
 
 
+def settings_of(method: Any, data: Any) -> list[Any]:
+    """What decides how the numbers of a model that doesn't learn come out, beyond its weights; for keys."""
+    tuner = method.tuner
+    split = [tuner.init, tuner.r, tuner.alpha] if getattr(tuner, "init", "") == "pissa" else None
+    storage = [getattr(tuner, "quant", None), tuner.trains_base, split]
+    fast = [method.fast_attention, method.fast_loss, method.fast_lora, method.net.compiled]
+    return [str(method.compute_dtype), method.run_device.type, data.plan.packing, *storage, *fast]
+
+
 def _key(rows: Selection, key: list[Any]) -> str:
     content = [store.digest for store in rows.stores]
     which = [rows.file_of_row.tolist(), rows.row_of_file.tolist(), rows.max_length]

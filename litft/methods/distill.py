@@ -87,6 +87,10 @@ class Distill(SFT):
 
     def build(self, precision: str = "32-true", device: Any = "cpu", parallel: Any = None) -> Method:
         """Load the student, apply the tuner, and load the teacher."""
+        if self.offload_teacher and torch.device(device).type == "cpu":
+            raise UserError(
+                "--model.offload_teacher: the run is on the CPU, there is nowhere else to go\nmend: leave it out"
+            )
         super().build(precision, device, parallel)
         if self.net.head is None:
             raise UserError("distill: the student's head is none that the fast loss knows (or fast_loss is off)")
@@ -107,13 +111,19 @@ class Distill(SFT):
 
     def _load_teacher(self) -> Method:
         made = frozen(self, self._precision, self.teacher_path, self.offload_teacher, quant=self.teacher_quant)
-        check_vocabularies(self.tokenizer, made.tokenizer, self.teacher_path)
+        self._shared = self._shared_rows(made.config)
+        check_vocabularies(self.tokenizer, made.tokenizer, self.teacher_path, self._shared)
         if self.cannot_pack is None and made.cannot_pack is not None:
             raise UserError(
                 f"--model.teacher {self.teacher_path}: takes no packed rows: {made.cannot_pack}\n"
                 "mend: --data.packing false"
             )
         return made
+
+    def _shared_rows(self, teacher: Any) -> int:
+        """Tokens that both have a logit for; what is beyond only fills a matrix up."""
+        rows = self.net.model.get_input_embeddings().weight.shape[0]
+        return min(rows, int(teacher.get_text_config().vocab_size))
 
     def on_fit_start(self) -> None:
         """Compile the layers, and ask the teacher ahead where that is wanted; Trainer's hook."""
@@ -124,8 +134,8 @@ class Distill(SFT):
 
     def cache_teacher(self, data: Any) -> None:
         """Compute the teacher's likeliest tokens for all of the data's rows, or read them where they are on disk."""
-        from litft.methods.cached import attach
-        from litft.models.load import fingerprint
+        from litft.methods.cached import attach, settings_of
+        from litft.models.load import fingerprint, load_config
         from litft.models.resolve import resolve
 
         def compute() -> Any:
@@ -133,7 +143,9 @@ class Distill(SFT):
             return self._likeliest
 
         source = resolve(self.teacher_path, trust_remote_code=self.trust_remote_code)
-        key = [fingerprint(source), str(self.compute_dtype), self.teacher_quant, self.top_k, self.temperature]
+        self._shared = self._shared_rows(load_config(source, trust_remote_code=self.trust_remote_code))
+        key = [fingerprint(source), *settings_of(self, data), self.teacher_quant, self.top_k, self.temperature]
+        key.append(self._shared)
         attach(data, self.run_device, key, lambda rows: rows.trained, compute, "teacher")
         self._teacher = []
 
@@ -143,7 +155,7 @@ class Distill(SFT):
         def find(head: Head | None, last: Tensor) -> dict[str, Tensor]:
             ids, log_ps = [], []
             for rows in torch.arange(len(last), device=last.device).split(1024):
-                log_p = self._log_p(_logits(head, last[rows], self._half))
+                log_p = self._log_p(_logits(head, last[rows], self._half)[:, : self._shared])
                 top = log_p.topk(min(self.top_k or 1, log_p.shape[-1]))
                 ids.append(top.indices.int())
                 log_ps.append(top.values)
@@ -154,6 +166,14 @@ class Distill(SFT):
 
     def _log_p(self, logits: Tensor) -> Tensor:
         return torch.log_softmax(logits / self.temperature, -1)
+
+    def take_plan(self, data: Any) -> None:
+        """As of `Method`, where rows have answers to give."""
+        if self.on_policy and data.train_on == "all":
+            raise UserError(
+                "--model.on_policy: answers are sampled, and --data.train_on all knows of none\nmend: assistant"
+            )
+        super().take_plan(data)
 
     def begin_step(self, step: Step) -> None:
         """Let the student answer where it is to be judged by its own answers."""
@@ -208,13 +228,12 @@ class Distill(SFT):
             ce = F.cross_entropy(logits, batch["target_ids"][rows], reduction="none")
             if self.top_k is not None:
                 ids = batch["teacher_ids"][rows].long()
-                student = with_rest(self._log_p(logits).gather(1, ids))
+                student = with_rest(self._log_p(logits[:, : self._shared]).gather(1, ids))
                 teacher = with_rest(batch["teacher_log_p"][rows])
             else:
                 with torch.no_grad():
                     theirs = _logits(teacher_head, teacher_last[rows], self._half)
-                shared = min(logits.shape[-1], theirs.shape[-1])  # beyond are rows that only fill a matrix up
-                student, teacher = self._log_p(logits[:, :shared]), self._log_p(theirs[:, :shared])
+                student, teacher = (self._log_p(x[:, : self._shared]) for x in (logits, theirs))
             kd = divergence(student, teacher, self.kind, self.share) * self.temperature**2
             ce_sum, kd_sum = ce_sum + ce.detach().sum(), kd_sum + kd.detach().sum()
             return ce_share[rows] * ce + (1 - ce_share[rows]) * kd
@@ -233,8 +252,14 @@ def _logits(head: Head | None, last: Tensor, dtype: torch.dtype) -> Tensor:
     return last.float() if head is None else head.logits(last, dtype)
 
 
-def check_vocabularies(student: Any, teacher: Any, name: str) -> None:
-    """Refuse a teacher whose token ids mean something else.
+def check_vocabularies(student: Any, teacher: Any, name: str, shared: int | None = None) -> None:
+    """Refuse a teacher whose token ids mean something else, or that lacks some.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's.
+        name: of the teacher.
+        shared: tokens that both models have a logit for; one per cent of the tokens may have other names below that.
 
     Raises:
         UserError: how many differ, and one of them.
@@ -242,10 +267,12 @@ def check_vocabularies(student: Any, teacher: Any, name: str) -> None:
     own, theirs = student.get_vocab(), teacher.get_vocab()
     differing = sorted(token for token, id in own.items() if theirs.get(token, id) != id)
     missing = [token for token in own if token not in theirs]
+    beyond = [token for token in missing if shared is not None and own[token] >= shared]
+    differing += beyond
     if differing or len(missing) > len(own) // 100:
         one = (differing or missing)[0]
         raise UserError(
             f"--model.teacher {name}: its vocabulary is another than the student's: "
-            f"{len(differing) + len(missing):,} of {len(own):,} tokens differ, {one!r} for one\n"
+            f"{len({*differing, *missing}):,} of {len(own):,} tokens differ, {one!r} for one\n"
             "mend: a teacher of the student's family"
         )

@@ -50,11 +50,19 @@ class DPO(Referenced):
         super().__init__(*args, **options)
         names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         weights = loss_weights or [1.0] * len(names)
+        if not names or len(set(names)) < len(names):
+            raise UserError(
+                f"--model.loss_type {' '.join(names)}: at least one, and each once (loss_weights weigh them)"
+            )
         for name in names:
             if name not in LOSSES and name != "sft":
                 raise UserError(f"--model.loss_type {name}: none of {', '.join([*LOSSES, 'sft'])}")
         if len(weights) != len(names):
             raise UserError(f"--model.loss_weights: {len(weights)} for {len(names)} losses; give one a loss")
+        if min(weights) < 0 or not any(weights):
+            raise UserError(f"--model.loss_weights {' '.join(map(str, weights))}: at least 0, and not all of them 0")
+        if discopop_tau <= 0:
+            raise UserError(f"--model.discopop_tau {discopop_tau}: must be above 0")
         if not 0 <= label_smoothing < 0.5:
             raise UserError(f"--model.label_smoothing {label_smoothing}: at least 0 and below 0.5")
         if "exo_pair" in names and not label_smoothing:

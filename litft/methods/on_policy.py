@@ -104,7 +104,7 @@ def _answer(
             prompt = one.ids[: _last_answer(one.trained)]
             name = f"{seed}/{hashlib.sha256(one.ids.astype(np.int64).tobytes()).hexdigest()}"
             room = min(max_new_tokens, (method.context_length or len(prompt) + max_new_tokens) - len(prompt))
-            if len(prompt) and room > 0 and random.Random(name).random() < share:
+            if len(prompt) > 1 and room > 0 and random.Random(name).random() < share:
                 asked[index] = Request(prompt.tolist(), settings, room, seed=name)
         Engine(bundle).run(sorted(asked.values(), key=lambda request: -len(request.ids)))
     found = list(documents)
@@ -115,6 +115,6 @@ def _answer(
 
 
 def _last_answer(trained: np.ndarray) -> int:
-    """Where the last run of trained tokens begins; 0 where there is none."""
+    """Where the last run of trained tokens begins; 0 where there is none, 1 where all of a text is trained."""
     begins = np.flatnonzero(trained[1:] & ~trained[:-1])
     return int(begins[-1]) + 1 if len(begins) else 0

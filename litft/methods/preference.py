@@ -122,6 +122,47 @@ class Preference(Method):
         note("logps/rejected", log_p[1::2])
 
 
+class ReferenceFree(Preference):
+    """A preference method without a reference: a loss of the two answers' rewards, and the chosen one's cross-entropy.
+
+    Subclass it and write `losses`.
+
+    Args:
+        beta: factor on the rewards.
+        nll_on: the tokens of that cross-entropy: those of the chosen answer, or its prompt's as well (as TRL has it).
+        options: of `Method`.
+    """
+
+    loss_settings: ClassVar[tuple[str, ...]] = ("beta", "prompts_too")
+    measured: ClassVar[tuple[str, ...]] = (*REWARDS, "nll_loss")
+    nll_weight = 1.0
+
+    def __init__(
+        self, *args: Any, beta: float = 0.1, nll_on: Literal["answer", "all"] = "answer", **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        if beta <= 0:
+            raise UserError(f"--model.beta {beta}: must be above 0")
+        self.beta, self.prompts_too = beta, nll_on == "all"
+
+    def rewarded(self, found: Answers) -> Tensor:
+        """What stands for an answer's reward, before beta, [documents]."""
+        return found.mean
+
+    @abstractmethod
+    def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Of the pairs, from what stands for their rewards, [pairs] each."""
+
+    def terms(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of each pair, and the chosen answers' cross-entropy."""
+        found = self.answers(batch)
+        rewarded, nll = self.rewarded(found), self.chosen_nll(batch, found.nll)
+        chosen, rejected = rewarded[0::2], rewarded[1::2]
+        self.measure(self.beta * chosen.detach(), self.beta * rejected.detach(), rewarded)
+        self.measures.add("nll_loss", nll * batch["row_denominator"], batch["rows"])
+        return self.losses(chosen, rejected), self.nll_weight * nll
+
+
 class Referenced(Preference):
     """A preference method that keeps the model near what it was.
 
@@ -202,15 +243,14 @@ class Referenced(Preference):
 
     def cache_reference(self, data: Any) -> None:
         """Compute the reference's log-probabilities of all of the data's rows, or read them where they are on disk."""
-        from litft.methods.cached import attach
+        from litft.methods.cached import attach, settings_of
         from litft.models.load import fingerprint
 
         def compute() -> Any:
             self.reference = self.reference or self.make_reference()
             return lambda batch: {"reference": self.reference_log_p(batch)}
 
-        storage = getattr(self.tuner, "quant", None), self.tuner.trains_base  # which round otherwise in 16 bits
-        key = [fingerprint(self.source), str(self.compute_dtype), *storage, self.prompts_too]
+        key = [fingerprint(self.source), *settings_of(self, data), self.prompts_too]
         attach(data, self.run_device, key, lambda rows: np.full(len(rows), 2), compute, "reference")
         self.reference = None  # a frozen copy is memory that nothing needs any more
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from litft.methods.base import Method
 
 
-class Frozen(Full):
+class _Frozen(Full):
     """Nothing learns; the weights are those that full tuning begins with.
 
     Args:
@@ -44,7 +44,7 @@ class Frozen(Full):
         return Applied(trainable=0, total=total)
 
 
-class FrozenBase(Frozen):
+class _FrozenBase(_Frozen):
     """Nothing learns; the weights are those that adapters are put on."""
 
     trains_base = False
@@ -151,7 +151,7 @@ def frozen(
 
     twin = SFT(
         path or method.path,
-        (Frozen if method.tuner.trains_base else FrozenBase)(quant),
+        (_Frozen if method.tuner.trains_base else _FrozenBase)(quant),
         optimizer=method.optimizer_name,
         offload="parameters" if offload else "none",
         recompute="full" if offload else "none",

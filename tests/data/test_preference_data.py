@@ -172,7 +172,7 @@ def test_mistakes_are_named_with_their_place(row: dict[str, Any], what: str, men
     ("row", "what"),
     [
         ({"messages": [USER, GOOD]}, "it lacks label"),
-        ({"messages": [USER, GOOD], "label": 1}, "it lacks label"),
+        ({"messages": [USER, GOOD], "label": 1}, "label must be true or false, not 1"),
         (PAIR, "preference row (for dpo, orpo, simpo, cpo, reward), not for kto: it lacks label"),
         ({"messages": [*EARLIER, USER], "label": True}, "the last message is no answer"),
     ],

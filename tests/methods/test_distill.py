@@ -10,7 +10,7 @@ import torch
 from tiny import VOCAB, chat_rows, save_tiny, tiny_tokenizer, write_jsonl
 from torch.nn import functional as F
 from training import difference, train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import litft
 from litft.errors import UserError
@@ -138,7 +138,18 @@ def test_g8_rows_that_fill_a_vocabulary_up_are_left_out(
         padded.lm_head.weight[VOCAB:] = 9.0
     padded.save_pretrained(tmp_path / "padded")
     tiny_tokenizer().save_pretrained(tmp_path / "padded")
-    assert distilled(student, rows, tmp_path / "padded").losses == distilled(student, rows, teacher).losses
+    live = distilled(student, rows, teacher).losses
+    assert distilled(student, rows, tmp_path / "padded").losses == live
+    ahead = distilled(student, rows, tmp_path / "padded", method={"top_k": VOCAB + 50})
+    assert ahead.losses == pytest.approx(live, rel=1e-5)
+
+
+def test_g8_a_token_that_the_teacher_has_no_logit_for_is_refused(student: Path, teacher: Path) -> None:
+    own, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (student, teacher))
+    own.add_tokens(["<|new|>"])
+    check_vocabularies(own, theirs, "teacher", VOCAB + 1)
+    with pytest.raises(UserError, match="new"):
+        check_vocabularies(own, theirs, "teacher", VOCAB)
 
 
 def test_the_likeliest_tokens_on_disk_are_the_teacher(

@@ -113,3 +113,12 @@ def test_what_cannot_be_is_said(teacher: Path) -> None:
     ]:
         with pytest.raises(UserError, match=said):
             litft.Distill(teacher=str(teacher), **{"on_policy": 0.5, **options})
+
+
+def test_text_has_no_answer_to_give(student: Path, teacher: Path, tmp_path: Path, rows: Path) -> None:
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"sun moon river {i} " * 6} for i in range(8)])
+    run = distilled(student, texts, teacher, trainer={"max_steps": 1})
+    plain = distilled(student, texts, teacher, method={"on_policy": 0.0}, trainer={"max_steps": 1})
+    assert run.losses == pytest.approx(plain.losses, rel=1e-6)
+    with pytest.raises(UserError, match="train_on all"):
+        distilled(student, rows, teacher, train_on="all")

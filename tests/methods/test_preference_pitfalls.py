@@ -18,7 +18,7 @@ from training import Trace, difference, train
 
 import litft
 from litft.data.loader import Whole
-from litft.data.preference_data import another
+from litft.data.preference_data import before
 
 STEPS: dict[str, Any] = {"tokens_per_step": 400, "tokens_per_batch": 150}
 
@@ -291,7 +291,7 @@ def test_g4_no_answer_is_cut_away(
 
 @pytest.mark.parametrize("step", [[4], [0, 3, 9], [9, 2, 5, 7, 1], [3, 3, 8]], ids=str)
 def test_g5_no_prompt_gets_its_own_answer(step: list[int]) -> None:
-    others = {row: another(row, np.unique(step), 12) for row in step}
+    others = {row: next(before(row, np.unique(step), 12)) for row in step}
     assert set(others) == set(step) and all(row != other for row, other in others.items())
     if len(set(step)) > 1:  # each answer is used once
         assert sorted(others.values()) == sorted(set(step))
@@ -310,6 +310,27 @@ def test_g5_the_mismatched_documents(model: Path, rows: dict[str, Path]) -> None
         expected = [*ids[:begin].tolist(), *other_ids[first:].tolist()]
         assert batch["input_ids"][0, : len(expected)].tolist() == expected
         assert batch["target_ids"].tolist() == other_ids[other_trained].tolist()
+
+
+def test_g5_answers_to_the_same_prompt_are_no_mismatch(model: Path, tmp_path: Path) -> None:
+    """A good and a bad answer to each prompt, side by side, as such files often are."""
+    some = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pair_rows(8)
+        for side in ("chosen", "rejected")
+    ]
+    method = litft.KTO(path=str(model), tuner=litft.Full())
+    data = litft.PreferenceData(str(write_jsonl(tmp_path / "rows.jsonl", some)), val_fraction=0, **STEPS)
+    selection = data.prepare(method).selection
+    make = data.maker(selection)
+    for step in (np.arange(16), np.array([4, 5]), np.array([3])):
+        for row in step:
+            made = make(np.array([row]), Whole(step, 1))["mismatched"]
+            ids, trained = selection.read(int(row))
+            targets = made["target_ids"].tolist()
+            own = [selection.read(int(row) ^ i) for i in (0, 1)]  # both answers to its prompt
+            assert made["input_ids"][0, : int(trained.argmax())].tolist() == ids[: int(trained.argmax())].tolist()
+            assert all(targets != other[mask].tolist() for other, mask in own)
 
 
 class FirstKL(Callback):
@@ -341,6 +362,29 @@ def test_g5_one_class_alone_is_finite_and_the_first_step_is_known(labels: str, m
 
 
 # ---- g7: a reference's log-probabilities computed ahead
+
+
+def test_g7_what_was_computed_otherwise_is_computed_again(
+    tmp_path: Path, rows: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 rounds otherwise for other kernels: the first loss is ln 2 to the last digit against its own reference."""
+    monkeypatch.setenv("LITFT_CACHE", str(tmp_path / "cache"))
+    model = save_model(tmp_path / "model", initializer_range=0.1)
+    arms: list[dict[str, Any]] = [
+        {},
+        {"packing": False},
+        {"fast_attention": False},
+        {"fast_lora": False},
+        {"pissa": True},
+        {},
+    ]
+    for arm in [*arms, {}]:
+        tuner = litft.LoRA(r=4, init="pissa" if arm.get("pissa") else "default")
+        method = {"reference": "cached"} | {k: v for k, v in arm.items() if k.startswith("fast")}
+        data = {k: v for k, v in arm.items() if k == "packing"}
+        trainer = {"precision": "bf16-mixed", "max_steps": 1}
+        trace = train(model, rows["pairs"], kind="DPO", tuner=tuner, method=method, trainer=trainer, **data)
+        assert trace.losses[0] == pytest.approx(math.log(2), abs=1e-6), arm
 
 
 CACHED: dict[str, Any] = {"method": {"reference": "cached"}, **STEPS}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from preferences import pair_rows
-from tiny import chat_rows, save_tiny, write_jsonl
+from preferences import NO_NEWLINE, pair_rows
+from tiny import IM_END, chat_rows, save_tiny, write_jsonl
 from training import difference, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -126,6 +127,52 @@ def test_an_adapter_leaves_as_a_model_that_transformers_scores_with(
     ):
         assert main([*other, "--out", str(tmp_path / "no")]) == 2
         assert "litft score" in capsys.readouterr().err
+
+
+def test_g2_the_cards_own_code_scores_as_we_do(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an adapter, whose base says that the end of a turn is padding: transformers would read the token before it."""
+    model = save_tiny(tmp_path / "model", template=NO_NEWLINE, pad_token="<|im_end|>", pad_token_id=IM_END)
+    rewarded(model, pairs, litft.LoRA(r=4), trainer={"max_steps": 3}, method={"lr": 1.0}).method.save(
+        tmp_path / "saved"
+    )
+    card = (tmp_path / "saved" / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, re.S)
+    capsys.readouterr()
+    exec(code.replace('"."', repr(str(tmp_path / "saved"))), {})
+    said = float(capsys.readouterr().out)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Ahoy!"}]
+    bundle = load_scorer(tmp_path / "saved", device="cpu")
+    assert said == pytest.approx(score(bundle, [to_conversation({"messages": messages})])[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "gpt2"])
+def test_scores_of_other_families(family: str, pairs: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", family)
+    rewarded(model, pairs, trainer={"max_steps": 2}).method.save(tmp_path / "saved")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    written = texts(tokenizer, pairs, "chosen")[:4]
+    with torch.no_grad():
+        found = [scorer(**tokenizer(w, return_tensors="pt", add_special_tokens=False)).logits.item() for w in written]
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()][:4]
+    chats = [to_conversation({"messages": row["prompt"] + row["chosen"]}) for row in rows]
+    assert score(load_scorer(tmp_path / "saved", device="cpu"), chats) == pytest.approx(found, abs=1e-5)
+
+
+def test_rows_that_cannot_be_scored_are_named(
+    model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from litft.cli.main import main
+
+    rewarded(model, pairs, trainer={"max_steps": 1}).method.save(tmp_path / "saved")
+    long = {"messages": [{"role": "user", "content": "sun " * 3000}, {"role": "assistant", "content": "moon"}]}
+    pair = json.loads(pairs.read_text().splitlines()[0])
+    for row, said in ((long, "context"), (pair | {"chosen_score": 4}, "chosen_score")):
+        data = write_jsonl(tmp_path / "rows.jsonl", [pair, row])
+        asked = ["score", str(tmp_path / "saved"), "--data", str(data), "--out", str(tmp_path / "scores.jsonl")]
+        assert main(asked) == 2
+        told = capsys.readouterr().err
+        assert said in told and "rows.jsonl:2" in told and not (tmp_path / "scores.jsonl").exists()
 
 
 def test_another_cut_is_the_same_training(model: Path, pairs: Path) -> None:
