@@ -71,7 +71,7 @@ def convert_chat(value: Any) -> Conversation:
     """
     schema = schema_of(value)
     if schema in METHODS:
-        mend = f"fine-tune with {METHODS[schema]}, or give a file of messages"
+        mend = f"fine-tune with {METHODS[schema].partition(',')[0]}, or give a file of messages"
         raise DataError(f"{schema} row (for {METHODS[schema]}), not for fine-tuning: it lacks messages", mend=mend)
     if schema == "unknown":
         raise _unknown(value)
@@ -237,7 +237,7 @@ class Check:
                 self.rows += 1
 
     def summary(self) -> list[str]:
-        """A line for each form ("300 preference rows (for dpo)"), and the last line, "N rows, M bad"."""
+        """A line for each form ("300 kto rows (for kto)"), and the last line, "N rows, M bad"."""
         method = {name: f" (for {method})" for name, method in METHODS.items()}
         rows = {name: f"{count} {name} row{'s' * (count != 1)}" for name, count in self.schemas.most_common()}
         lines = [text + method.get(name, "") for name, text in rows.items()]

@@ -17,13 +17,12 @@ REQUIRED = {
 }
 """The keys that tell a form, in the order in which they are tried."""
 
-METHODS = {"preference": "dpo", "kto": "kto"}
-"""Forms that are not for plain fine-tuning, and a method that they are for."""
+METHODS = {"preference": "dpo, orpo, simpo, cpo, reward", "kto": "kto"}
+"""Forms that are not for plain fine-tuning, and the methods that they are for."""
 
 FOR = {
     **dict.fromkeys(("messages", "sharegpt", "alpaca", "prompt-completion", "text"), "full, lora, qlora, distill"),
-    "preference": "dpo, orpo, simpo, cpo, reward",
-    "kto": "kto",
+    **METHODS,
 }
 """What each form is for."""
 

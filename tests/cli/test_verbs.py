@@ -193,11 +193,15 @@ def test_i8_check_names_every_bad_line_once_with_its_mend(litft: Run, tmp_path: 
 def test_check_counts_rows_for_other_methods_as_good(litft: Run, tmp_path: Path, tiny_llama: Path) -> None:
     preference = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
     kto = write_jsonl(tmp_path / "k.jsonl", [{**chat("a", "b"), "label": True}])
-    assert litft("data", "check", preference) == (0, "3 preference rows (for dpo)\n3 rows, 0 bad\n", "")
+    assert litft("data", "check", preference) == (
+        0,
+        "3 preference rows (for dpo, orpo, simpo, cpo, reward)\n3 rows, 0 bad\n",
+        "",
+    )
     assert litft("data", "check", kto) == (0, "1 kto row (for kto)\n1 rows, 0 bad\n", "")
     assert litft("data", "check", preference, "--model", tiny_llama)[:2] == (
         0,
-        "3 preference rows (for dpo)\n3 rows, 0 bad\n",
+        "3 preference rows (for dpo, orpo, simpo, cpo, reward)\n3 rows, 0 bad\n",
     )
 
 

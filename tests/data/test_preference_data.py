@@ -314,7 +314,10 @@ def test_rows_of_the_wrong_kind(method: str, rows: str, run: Run, tiny_llama: Pa
 def test_data_check_and_show(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
     rows = pair_rows(3)
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    assert run("data", "check", file, "--model", tiny_llama)[:2] == (0, "3 preference rows (for dpo)\n3 rows, 0 bad\n")
+    assert run("data", "check", file, "--model", tiny_llama)[:2] == (
+        0,
+        "3 preference rows (for dpo, orpo, simpo, cpo, reward)\n3 rows, 0 bad\n",
+    )
     code, said, _ = run("data", "show", file, "--model", tiny_llama, "--json")
     shown = [json.loads(line) for line in said.splitlines()]
     assert code == 0 and len(shown) == 3

@@ -408,9 +408,12 @@ BAD = [  # a row, and what is said of it
     ({"text": "\udc00"}, "lone surrogate in text"),
     (
         {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "preference row (for dpo), not for fine-tuning: it lacks messages; fine-tune with dpo",
+        "preference row (for dpo, orpo, simpo, cpo, reward), not for fine-tuning: it lacks messages; fine-tune with d",
     ),
-    ({"conversations": [], "chosen": USER, "rejected": USER}, "preference row (for dpo), not for fine-tuning"),
+    (
+        {"conversations": [], "chosen": USER, "rejected": USER},
+        "preference row (for dpo, orpo, simpo, cpo, reward), not for fine-tuning",
+    ),
     (chat(USER, ANSWER, label=False), "kto row (for kto), not for fine-tuning: it lacks messages; fine-tune with kto"),
     ({"prompt": "a", "completion": "b", "label": "True"}, "kto row (for kto), not for fine-tuning"),
 ]
@@ -549,7 +552,7 @@ def test_check_lists_counts_and_ends_with_the_sum(tmp_path):
     assert listed[1] == f"{path}:8: no assistant turn: nothing to learn from; add the answer, or leave the row out"
     assert found.summary() == [
         "3 messages rows",
-        "2 preference rows (for dpo)",
+        "2 preference rows (for dpo, orpo, simpo, cpo, reward)",
         "1 kto row (for kto)",
         "8 rows, 2 bad",
     ]
