@@ -20,7 +20,7 @@ from litft.data.selection import Selection
 from litft.errors import UserError
 
 SEARCHED = 64
-"""Rows of other steps that are looked at for one with another prompt."""
+"""Rows of the step, and then of others, that are looked at for one with another prompt."""
 
 
 class PreferenceData(ChatData):
@@ -119,10 +119,10 @@ def before(row: int, ordered: np.ndarray, count: int) -> Iterator[int]:
         count: of all rows.
 
     Yields:
-        The other rows of the step, backwards and round; then some of all rows.
+        The nearest other rows of the step, backwards and round; then the nearest of all rows.
     """
     at = int(np.searchsorted(ordered, row))
-    yield from (int(ordered[at - i]) for i in range(1, len(ordered)))
+    yield from (int(ordered[at - i]) for i in range(1, min(len(ordered), SEARCHED)))
     yield from ((row - i) % count for i in range(1, min(count, SEARCHED)))
 
 

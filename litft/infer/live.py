@@ -26,12 +26,11 @@ def answering(method: Method) -> Iterator[ChatModel]:
         method: with its model built.
     """
     from litft.data.template import ChatEncoder
-    from litft.export.final import control_ids, generation_settings
+    from litft.export.final import generation_settings, template_stops
 
     model = method.net.model
     encoder = ChatEncoder(method.tokenizer) if method.tokenizer.chat_template else None
-    stops = control_ids(method.tokenizer, encoder.stop_ids) if encoder else set()
-    settings = generation_settings(model.generation_config, method.tokenizer, stops)
+    settings = generation_settings(model.generation_config, method.tokenizer, template_stops(method.tokenizer))
     device = method.run_device if getattr(method, "parallel", None) else next(model.parameters()).device
     half = getattr(method, "compute_dtype", None)
     torch.clear_autocast_cache()  # of a step that is under way

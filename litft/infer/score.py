@@ -34,6 +34,20 @@ class ScoreModel:
     encoder: ChatEncoder
     name: str = ""
 
+    def encode(self, conversation: Conversation) -> list[int]:
+        """The token ids of a whole conversation.
+
+        Raises:
+            DataError: the chat template refuses it, or it is longer than the model's context.
+        """
+        ids = list(self.encoder(conversation).ids)
+        limit = getattr(self.net.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(ids) > limit:
+            said = f"{len(ids):,} tokens are more than the model's context of {limit:,}"
+            mend = "shorten it, or leave such rows out with --bad_rows skip"
+            raise DataError(said, file=conversation.file, line=conversation.line, mend=mend)
+        return ids
+
 
 def load_scorer(
     name: str | Path,
@@ -104,13 +118,7 @@ def score(
 
     from litft.data.batch import pad_documents
 
-    encoded = [np.array(bundle.encoder(conversation).ids) for conversation in conversations]
-    limit = getattr(bundle.net.model.config.get_text_config(), "max_position_embeddings", None)
-    for ids, conversation in zip(encoded, conversations, strict=True):
-        if limit is not None and len(ids) > limit:
-            said = f"{len(ids):,} tokens are more than the model's context of {limit:,}"
-            mend = "shorten it, or leave such rows out"
-            raise DataError(said, file=conversation.file, line=conversation.line, mend=mend)
+    encoded = [np.array(bundle.encode(conversation)) for conversation in conversations]
     found = [0.0] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     device = next(bundle.net.parameters()).device
@@ -156,7 +164,7 @@ def score_file(
     """
     out = Path(out)
     check_new(out)
-    rows, asked, skipped = _read(data_file, bad_rows)
+    rows, asked, skipped = _read(bundle, data_file, bad_rows)
     scores = iter(score(bundle, asked, batch_size=batch_size, progress=progress))
     pairs = right = 0
     with new_file(out) as file:
@@ -170,7 +178,9 @@ def score_file(
     return {"rows": len(rows), "skipped": skipped, "accuracy": right / pairs if pairs else None}
 
 
-def _read(data_file: str, bad_rows: str) -> tuple[list[tuple[Any, tuple[str, ...]]], list[Conversation], int]:
+def _read(
+    bundle: ScoreModel, data_file: str, bad_rows: str
+) -> tuple[list[tuple[Any, tuple[str, ...]]], list[Conversation], int]:
     """The rows with the names of their scores, all conversations to score in order, and how many rows were left out."""
     from litft.data.files import read_rows
     from litft.data.preferences import to_labelled, to_pair
@@ -190,15 +200,14 @@ def _read(data_file: str, bad_rows: str) -> tuple[list[tuple[Any, tuple[str, ...
                 raise DataError(f"the row has a {taken[0]} already", file=row.file, line=row.line, mend=mend)
             if schema == "preference":
                 pair = to_pair(row.value, row.file, row.line)
-                asked += [pair.chosen, pair.rejected]
-                rows.append((row.value, names))
-                continue
-            labelled = schema == "kto"
-            asked.append(
-                to_labelled(row.value, row.file, row.line).conversation
-                if labelled
-                else to_conversation(row.value, row.file, row.line)
-            )
+                some = [pair.chosen, pair.rejected]
+            elif schema == "kto":
+                some = [to_labelled(row.value, row.file, row.line).conversation]
+            else:
+                some = [to_conversation(row.value, row.file, row.line)]
+            for conversation in some:
+                bundle.encode(conversation)  # one that can't be scored makes a bad row
+            asked += some
             rows.append((row.value, names))
         except DataError:
             if bad_rows == "error":

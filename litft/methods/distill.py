@@ -171,7 +171,8 @@ class Distill(SFT):
         """As of `Method`, where rows have answers to give."""
         if self.on_policy and data.train_on == "all":
             raise UserError(
-                "--model.on_policy: answers are sampled, and --data.train_on all knows of none\nmend: assistant"
+                "--model.on_policy: answers are sampled, and --data.train_on all knows of none\n"
+                "mend: --data.train_on assistant"
             )
         super().take_plan(data)
 

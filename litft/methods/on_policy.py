@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -93,12 +94,18 @@ def _answer(
     max_new_tokens: int,
 ) -> list[Answered]:
     """The documents, some with answers of the model."""
+    from transformers import GenerationConfig
+
     from litft.infer.engine import Engine, Request
     from litft.infer.generate import decoding
     from litft.infer.live import answering
 
     asked: dict[int, Request] = {}
     with answering(method) as bundle:
+        plain = GenerationConfig(
+            eos_token_id=sorted(bundle.stop_ids) or None, pad_token_id=bundle.settings.pad_token_id
+        )
+        bundle = replace(bundle, settings=plain)  # no penalty or filter of the model's own
         settings = decoding(bundle, max_new_tokens, temperature, top_p=1.0, top_k=0, min_p=0.0)
         for index, one in enumerate(documents):
             prompt = one.ids[: _last_answer(one.trained)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tiny import chat_rows, save_tiny, write_jsonl
 from training import train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import litft
 from litft.data.batch import documents_of, pack_documents, pad_documents
@@ -52,7 +53,14 @@ def test_documents_come_out_of_a_batch_as_they_went_in(make: str) -> None:
         assert ids.tolist() == their_ids.tolist() and trained.tolist() == theirs.tolist()
 
 
-def test_the_loss_is_that_of_greedy_answers_by_transformers(student: Path, teacher: Path, rows: Path) -> None:
+def test_the_loss_is_that_of_greedy_answers_by_transformers(
+    student: Path, teacher: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Also where the model's own settings would have answers penalised."""
+    student = shutil.copytree(student, tmp_path / "student")
+    settings = GenerationConfig.from_pretrained(student)
+    settings.update(repetition_penalty=5.0)
+    settings.save_pretrained(student)
     method = {"answer_temperature": 0.0, "loss_type": "reverse_kl", "ce_share": 0.4}
     run = distilled(student, rows, teacher, method=method, trainer={"max_steps": 1})
     one, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (student, teacher))
@@ -62,7 +70,8 @@ def test_the_loss_is_that_of_greedy_answers_by_transformers(student: Path, teach
         ids, trained = (torch.from_numpy(part.copy()) for part in run.data.selection.read(index))
         begin = int((trained[1:] & ~trained[:-1]).nonzero()[-1]) + 1  # of the last answer
         prompt = ids[None, :begin].long()
-        whole = one.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=0)
+        plain = {"do_sample": False, "repetition_penalty": 1.0}
+        whole = one.generate(prompt, max_new_tokens=12, **plain, eos_token_id=stop, pad_token_id=0)
         with torch.no_grad():
             mine, theirs = (m(whole).logits[0, begin - 1 : -1].double().log_softmax(-1) for m in (one, other))
         total += float((mine.exp() * (mine - theirs)).sum())  # and no cross-entropy

@@ -173,6 +173,9 @@ def test_rows_that_cannot_be_scored_are_named(
         assert main(asked) == 2
         told = capsys.readouterr().err
         assert said in told and "rows.jsonl:2" in told and not (tmp_path / "scores.jsonl").exists()
+        assert main([*asked, "--bad_rows", "skip"]) == 0
+        assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 1
+        (tmp_path / "scores.jsonl").unlink()
 
 
 def test_another_cut_is_the_same_training(model: Path, pairs: Path) -> None:
